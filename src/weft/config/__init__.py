@@ -1,0 +1,1 @@
+"""pool.yaml: text to frozen structs that refuse unknown keys. Reading the file is the caller's."""

@@ -1,0 +1,1 @@
+"""The nouns every room shares. Pure: no torch, no I/O, no clock."""

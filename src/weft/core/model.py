@@ -1,0 +1,114 @@
+"""What a model is: its architecture (for the engine) and its sizes (for the ledger).
+
+Shape legend: L layers, H hidden size, Q query heads, K KV heads, D head dim, V vocabulary.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from weft.core.ids import ModelName
+
+DType = Literal["bfloat16", "float16", "float32", "float64"]
+
+DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary embedding: `default`, or `llama3` frequency scaling (Llama 3.1)."""
+
+    kind: Literal["default", "llama3"] = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+class Architecture(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a forward pass needs besides weights. Built from config.json, never executed."""
+
+    family: Literal["llama", "qwen2"]
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    norm_eps: float
+    rope: RopeSpec
+    qkv_bias: bool
+    tied_embeddings: bool
+    dtype: DType
+    """Dtype of weights, activations and KV on the device."""
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+
+def choose_page_tokens(kv_bytes_per_token: int) -> int:
+    """Tokens a KV page: the smallest power of two in 16..128 with page bytes >= 1 MiB, else 128."""
+    for tokens in (16, 32, 64, 128):
+        if tokens * kv_bytes_per_token >= 1 << 20:
+            return tokens
+    return 128
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as the ledger and the schedulers see it: sizes, limits, wishes; no tensors."""
+
+    name: ModelName
+    weight_bytes: int
+    """Bytes of the packed weight image, the same on host and device."""
+    num_layers: int
+    page_tokens: int
+    page_bytes: int
+    max_context_tokens: int
+    """Prompt and output together may not exceed this."""
+    eos_ids: tuple[int, ...] = ()
+    vocab_size: int
+    pinned: bool = False
+    """Never evicted once resident."""
+    weight: float = 1.0
+    """Share of turn time relative to the other models."""
+    ttft_slo_s: float = 10.0
+    tbt_slo_s: float = 0.1
+
+
+def model_spec(
+    name: str,
+    arch: Architecture,
+    *,
+    weight_bytes: int,
+    eos_ids: tuple[int, ...],
+    max_context_tokens: int | None = None,
+    page_tokens: int | None = None,
+    pinned: bool = False,
+    weight: float = 1.0,
+    ttft_slo_s: float = 10.0,
+    tbt_slo_s: float = 0.1,
+) -> ModelSpec:
+    """The scheduling view of `arch`. `page_tokens` overrides the size rule (tests use small pages)."""
+    tokens = page_tokens or choose_page_tokens(arch.kv_bytes_per_token)
+    return ModelSpec(
+        name=ModelName(name),
+        weight_bytes=weight_bytes,
+        num_layers=arch.num_layers,
+        page_tokens=tokens,
+        page_bytes=tokens * arch.kv_bytes_per_token,
+        max_context_tokens=min(max_context_tokens or arch.max_position, arch.max_position),
+        eos_ids=eos_ids,
+        vocab_size=arch.vocab_size,
+        pinned=pinned,
+        weight=weight,
+        ttft_slo_s=ttft_slo_s,
+        tbt_slo_s=tbt_slo_s,
+    )

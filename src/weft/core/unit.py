@@ -1,0 +1,69 @@
+"""A unit: a fixed group of devices with one scheduler. And what it reports about itself."""
+
+from typing import Literal
+
+import msgspec
+
+from weft.core.ids import ModelName
+
+
+class UnitSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The fixed facts a unit's ledger accounts with. Measured at start, then never changed."""
+
+    granule_bytes: int
+    num_granules: int
+    host_offset: int = 0
+    """Where this unit's region for parked KV begins in the node's host store."""
+    host_bytes: int
+    """Size of that region; 0 means that nothing can be parked."""
+    host_chunk_bytes: int = 1 << 30
+    """No extent crosses a multiple of this (copies may not cross separately registered chunks)."""
+    num_slots: int = 256
+    """Requests that can hold device state at once."""
+    depth: int = 2
+    """Steps in flight per lane: 1 = no overlap, 2 = overlap."""
+    max_rows: int = 64
+    """Rows of one step."""
+    max_step_tokens: int = 512
+    """Tokens of one step: decode rows and prefill chunks together."""
+    max_repeat: int = 16
+    """Upper bound of Run.repeat; 1 switches it off."""
+    lanes: int = 1
+
+
+ModelState = Literal["absent", "loading", "resident", "dropping", "failed"]
+
+
+class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One model in a unit, for the pool, `weft ps` and the metrics. Counts since the unit began."""
+
+    name: ModelName
+    state: ModelState
+    weight_granules: int
+    kv_granules: int
+    kv_pages_used: int
+    queued: int
+    running: int
+    parked: int
+    turn: bool
+    switches_in: int
+    switches_out: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+class UnitStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A unit's summary: what the pool dispatches on and people look at."""
+
+    at_ns: int
+    models: tuple[ModelStatus, ...]
+    free_granules: int
+    num_granules: int
+    host_used_bytes: int
+    host_bytes: int
+    actions_done: int
+    """Progress: actions ended since the unit began."""
+    bytes_copied: int
+    """Progress: bytes moved by loads and KV copies since the unit began."""
+    waiting: int
+    """Requests that are not finished."""

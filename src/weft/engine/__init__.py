@@ -1,0 +1,1 @@
+"""The rough side: turns actions into tensors, streams and copies. Never chooses memory."""

@@ -1,0 +1,104 @@
+"""The contract between frontends and the hub. In one process: an object. Split: the same calls
+over messages."""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+
+from weft.core.errors import ReplyError
+from weft.core.ids import RequestId
+from weft.core.request import FinishReason, Sampling
+from weft.core.unit import UnitStatus
+
+
+class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a frontend asks for, already in token ids. The hub gives id, arrival and deadline."""
+
+    model: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    min_tokens: int = 0
+    sampling: Sampling = Sampling()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    priority: int = 0
+    tenant: str = ""
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+    """Some more of an answer. The last one has `finish`; `error` only with finish "error"."""
+
+    tokens: tuple[int, ...] = ()
+    finish: FinishReason | None = None
+    error: ReplyError | None = None
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A served model as frontends need it."""
+
+    name: str
+    path: str
+    """Folder with tokenizer.json, tokenizer_config.json, generation_config.json."""
+    created_s: int
+    max_context_tokens: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    ttft_slo_s: float
+    tbt_slo_s: float
+    failed: str | None = None
+    """Why the model cannot be served (a broken checkpoint); its requests get 503 model_failed."""
+
+
+class UnitView(msgspec.Struct, frozen=True, kw_only=True):
+    unit: int
+    incarnation: int
+    device: str
+    up: bool
+    restarts: int
+    status: UnitStatus | None
+
+
+class PoolView(msgspec.Struct, frozen=True, kw_only=True):
+    """What `weft ps` and /metrics show."""
+
+    models: tuple[ModelCard, ...]
+    units: tuple[UnitView, ...]
+    unfinished: int
+    host_store_bytes: int
+    host_store_used_bytes: int
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """healthy: nothing waits, or an action was done or a byte copied in the last `window_s`."""
+
+    healthy: bool
+    ready: bool
+    """Every servable model has its image in the host store and a unit is up."""
+    waiting: int
+    since_progress_s: float
+
+
+class Hub(Protocol):
+    def models(self) -> tuple[ModelCard, ...]: ...
+
+    def open(self, new: NewRequest) -> tuple[RequestId, AsyncIterator[Chunk]]:
+        """Admit a request. Raises `HubRefusal` if it is refused at once (429, 404, 400, 503).
+        The iterator ends after a chunk with `finish`."""
+        ...
+
+    def cancel(self, request: RequestId) -> None:
+        """The client is gone. Idempotent; unknown ids are ignored."""
+        ...
+
+    def view(self) -> PoolView: ...
+
+    def health(self) -> Health: ...
+
+
+class HubRefusal(Exception):
+    """A request was not admitted."""
+
+    def __init__(self, error: ReplyError) -> None:
+        super().__init__(f"{error.code}: {error.message}")
+        self.error = error
