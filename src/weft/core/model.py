@@ -96,7 +96,7 @@ def model_spec(
     ttft_slo_s: float = 10.0,
     tbt_slo_s: float = 0.1,
 ) -> ModelSpec:
-    """The scheduling view of `arch`. `page_tokens` overrides the size rule (tests use small pages)."""
+    """The scheduling view of `arch`. `page_tokens` overrides the size rule (small in tests)."""
     tokens = page_tokens or choose_page_tokens(arch.kv_bytes_per_token)
     return ModelSpec(
         name=ModelName(name),

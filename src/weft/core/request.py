@@ -1,4 +1,4 @@
-"""A request as the hub records it and a unit runs it. Token ids only; text stays in the frontend."""
+"""A request as the hub records it and a unit runs it. Token ids only; text is the frontend's."""
 
 from typing import Literal
 
