@@ -5,6 +5,7 @@ import msgspec
 QUEUE_FULL = "queue_full"
 HOLD_DEADLINE = "hold_deadline"
 CONTEXT_LENGTH = "context_length_exceeded"
+INVALID_REQUEST = "invalid_request"
 MODEL_NOT_FOUND = "model_not_found"
 MODEL_FAILED = "model_failed"
 REQUEST_FAILED = "request_failed"
@@ -14,6 +15,7 @@ HTTP_STATUS: dict[str, int] = {
     QUEUE_FULL: 429,
     HOLD_DEADLINE: 503,
     CONTEXT_LENGTH: 400,
+    INVALID_REQUEST: 400,
     MODEL_NOT_FOUND: 404,
     MODEL_FAILED: 503,
     REQUEST_FAILED: 500,
