@@ -1,0 +1,1 @@
+"""Model families: configurations, checkpoints, weight images, the decoder's forward pass."""
