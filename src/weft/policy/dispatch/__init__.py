@@ -1,0 +1,1 @@
+"""Which unit takes a request. One answer a file."""

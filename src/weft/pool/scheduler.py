@@ -1,0 +1,384 @@
+"""The pool's scheduler: admits, dispatches, keeps the journal, and survives its workers.
+
+`handle(events, now_ns) -> list[PoolAction]`: a plain object; no clock, socket or thread inside.
+
+What holds after every decision:
+- every admitted request is in the journal once, and ends in exactly one Reply with `finish`;
+- the tokens of its Replies, joined, are what units emitted for it, never revoked, never repeated:
+  a re-run is told what was emitted and continues after it;
+- a request is held (no unit may take it now) or placed at one unit that is up;
+- what a lost incarnation says is ignored.
+
+Whose fault is a death? A worker names the requests in its steps before it submits them
+(`Stepping`). When it dies, those named last are the suspects; one that was so named more than
+`max_reruns` times in a row without a token in between fails alone, and so does one that lost
+`max_reruns_total` workers all told. Requests that only waited or were parked are never suspects,
+and progress clears: a poisonous request dies at the same place again and again, whereas one whose
+worker was killed from outside moves on.
+
+Parked KV lies in its unit's own region of the host store. It is handed to that unit's next
+incarnation in the very decision of its UnitUp, or never: a request that has some waits for its own
+unit as long as that is being restarted; one that is placed elsewhere begins again from the journal.
+"""
+
+from collections.abc import Sequence
+
+from weft.core.actions import Emit
+from weft.core.errors import (
+    CONTEXT_LENGTH,
+    DRAINING,
+    HOLD_DEADLINE,
+    INVALID_REQUEST,
+    MODEL_FAILED,
+    MODEL_NOT_FOUND,
+    QUEUE_FULL,
+    REQUEST_FAILED,
+    ReplyError,
+    parse_error,
+)
+from weft.core.ids import ModelName, RequestId
+from weft.core.model import ModelSpec
+from weft.core.request import FinishReason, Request
+from weft.policy.dispatch.base import Dispatch, UnitLoad
+from weft.pool import events as ev
+from weft.pool.actions import (
+    AssignTo,
+    CancelAt,
+    PoolAction,
+    Reject,
+    Reply,
+    StartWorker,
+    StopWorker,
+    SubmitTo,
+    UnassignFrom,
+    WakeAt,
+)
+from weft.pool.journal import Journal, Record
+from weft.pool.units import NS, Limits, Unit
+
+
+class PoolScheduler:
+    """Every model may run on every unit; which of them, the dispatch policy says."""
+
+    def __init__(self, dispatch: Dispatch, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.units: dict[int, Unit] = {}
+        self.journal = Journal()
+        self.draining = False
+        self._dispatch = dispatch
+        self._models: dict[ModelName, ModelSpec] = {}
+        self._ready: dict[ModelName, None] = {}
+        self._failed: dict[ModelName, str] = {}
+        self._held: dict[RequestId, Record] = {}
+        self._wake_ns: int | None = None
+        self._now_ns = 0
+        self._out: list[PoolAction] = []
+
+    def handle(self, events: Sequence[ev.PoolEvent], now_ns: int) -> list[PoolAction]:
+        self._now_ns = now_ns
+        self._out = []
+        for event in events:
+            self._on(event)
+        self._restart_units()
+        self._stop_silent()
+        self._place_held()
+        self._expire_held()
+        self._set_wake()
+        return self._out
+
+    @property
+    def held(self) -> int:
+        """Requests that no unit has yet."""
+        return len(self._held)
+
+    def _on(self, event: ev.PoolEvent) -> None:
+        match event:
+            case ev.NewRequest(request=request):
+                self._admit(request)
+            case ev.ClientGone(request=request_id):
+                self._client_gone(request_id)
+            case ev.ModelAdded(spec=spec):
+                self._models[spec.name] = spec
+            case ev.ModelReady(model=model):
+                self._model_ready(model)
+            case ev.ModelFailed(model=model, reason=reason):
+                self._model_failed(model, reason)
+            case ev.UnitAdded(unit=unit_id):
+                if unit_id in self.units:
+                    raise ValueError(f"unit {unit_id} was added twice")
+                self.units[unit_id] = Unit(unit_id, restart_ns=self._now_ns)
+            case ev.DrainPool():
+                self.draining = True
+            case ev.Woke():
+                self._wake_ns = None
+            case _:
+                unit = self.units.get(event.unit)
+                if unit is not None and unit.incarnation == event.incarnation:
+                    self._on_unit(unit, event)
+
+    def _on_unit(self, unit: Unit, event: ev.PoolEvent) -> None:
+        """Something from the current incarnation of a unit. After its loss it is silent."""
+        if unit.phase == "absent":
+            return
+        unit.heard_ns = self._now_ns
+        match event:
+            case ev.UnitUp():
+                if unit.phase == "starting":
+                    unit.phase = "up"
+                    unit.down = False
+                    for model in self._ready:
+                        self._assign(unit, self._models[model])
+            case ev.UnitLost(cause=cause):
+                self._unit_lost(unit, cause)
+            case ev.Emitted(emit=emit):
+                self._emitted(unit, emit)
+            case ev.KvParkedAt(request=request_id, kv=kv):
+                if record := self._placed(unit, request_id):
+                    record.parked, record.parked_unit = kv, unit.id
+                    unit.progress = True
+            case ev.KvGoneAt(request=request_id):
+                if record := self._placed(unit, request_id):
+                    record.forget_parked()
+            case ev.Stepping(requests=requests):
+                unit.stepping = frozenset(requests)
+            case ev.UnitReport(status=status):
+                unit.status = status
+                unit.progress = unit.progress or status.actions_done > 0
+
+    # ------------------------------------------------------------------ requests
+
+    def _admit(self, request: Request) -> None:
+        error = self._refusal(request)
+        if error is not None:
+            self._out.append(Reject(request=request.id, error=error))
+            return
+        self._held[request.id] = self.journal.admit(request)
+
+    def _refusal(self, request: Request) -> ReplyError | None:
+        """Why the request cannot be admitted, or None."""
+        name = request.model
+        if name in self._failed:
+            return ReplyError(code=MODEL_FAILED, message=self._failed[name])
+        if name not in self._models:
+            return ReplyError(code=MODEL_NOT_FOUND, message=f"the model {name!r} does not exist")
+        if (error := _shape_error(request, self._models[name])) is not None:
+            return error
+        if self.draining:
+            return ReplyError(code=DRAINING, message="the server is shutting down")
+        if self._hopeless():
+            return ReplyError(code=MODEL_FAILED, message="no worker can be started")
+        if len(self.journal) >= self.limits.max_queue:
+            return ReplyError(
+                code=QUEUE_FULL, message=f"{len(self.journal)} requests are unfinished; retry later"
+            )
+        return None
+
+    def _client_gone(self, request_id: RequestId) -> None:
+        record = self.journal.get(request_id)
+        if record is None or record.gone:
+            return
+        if record.unit is None:
+            self._finish(record, finish="cancelled")
+            return
+        record.gone = True
+        unit = self.units[record.unit]
+        self._out.append(CancelAt(unit=unit.id, incarnation=unit.incarnation, request=request_id))
+        self._out.append(Reply(request=request_id, finish="cancelled"))
+
+    def _placed(self, unit: Unit, request_id: RequestId) -> Record | None:
+        """The record, if the request is unfinished and placed at this unit."""
+        return self.journal.get(request_id) if request_id in unit.requests else None
+
+    def _emitted(self, unit: Unit, emit: Emit) -> None:
+        record = self._placed(unit, emit.request)
+        if record is None:
+            return
+        if emit.tokens:
+            unit.progress = True
+            record.deaths_here = 0
+            record.emitted.extend(emit.tokens)
+        if emit.finish is not None:
+            error = parse_error(emit.error) if emit.finish == "error" else None
+            self._finish(record, tokens=emit.tokens, finish=emit.finish, error=error)
+        elif not record.gone:
+            self._out.append(Reply(request=record.id, tokens=emit.tokens))
+
+    def _finish(
+        self,
+        record: Record,
+        *,
+        finish: FinishReason,
+        tokens: tuple[int, ...] = (),
+        error: ReplyError | None = None,
+    ) -> None:
+        """The request's one end. A client that left has had its last reply already."""
+        if not record.gone:
+            self._out.append(Reply(request=record.id, tokens=tokens, finish=finish, error=error))
+        if record.unit is not None:
+            self.units[record.unit].unplace(record.id, record.tokens)
+        self._held.pop(record.id, None)
+        self.journal.remove(record.id)
+
+    # ------------------------------------------------------------------ models
+
+    def _model_ready(self, model: ModelName) -> None:
+        self._ready[model] = None
+        for unit in self.units.values():
+            if unit.up:
+                self._assign(unit, self._models[model])
+
+    def _assign(self, unit: Unit, spec: ModelSpec) -> None:
+        unit.assigned[spec.name] = None
+        self._out.append(AssignTo(unit=unit.id, incarnation=unit.incarnation, model=spec))
+
+    def _model_failed(self, model: ModelName, reason: str) -> None:
+        self._ready.pop(model, None)
+        self._failed[model] = reason
+        for unit in self.units.values():
+            if unit.up and model in unit.assigned:
+                del unit.assigned[model]
+                self._out.append(
+                    UnassignFrom(unit=unit.id, incarnation=unit.incarnation, model=model)
+                )
+
+    def _fail(self, record: Record, code: str, message: str) -> None:
+        self._finish(record, finish="error", error=ReplyError(code=code, message=message))
+
+    # ------------------------------------------------------------------ units
+
+    def _hopeless(self) -> bool:
+        """Every unit was declared down."""
+        return bool(self.units) and all(unit.down for unit in self.units.values())
+
+    def _unit_lost(self, unit: Unit, cause: str) -> None:
+        unit.lose(self.limits, self._now_ns)
+        for request_id in list(unit.requests):
+            record = self.journal.get(request_id)
+            assert record is not None, "placed requests are in the journal"
+            if record.gone:
+                self._finish(record, finish="cancelled")
+                continue
+            unit.unplace(request_id, record.tokens)
+            record.unit = None
+            self._held[request_id] = record
+            if request_id in unit.stepping:
+                self._suspect(record, cause)
+        if unit.down:
+            for record in self._held.values():
+                if record.parked_unit == unit.id:
+                    record.forget_parked()
+            if self._hopeless():
+                for record in list(self._held.values()):
+                    self._fail(record, MODEL_FAILED, f"no worker can be started: {cause}")
+
+    def _suspect(self, record: Record, cause: str) -> None:
+        record.deaths += 1
+        record.deaths_here += 1
+        limits = self.limits
+        if record.deaths_here > limits.max_reruns or record.deaths > limits.max_reruns_total:
+            self._fail(
+                record,
+                REQUEST_FAILED,
+                f"the worker died {record.deaths} times while it ran this request ({cause})",
+            )
+
+    def _restart_units(self) -> None:
+        for unit in self.units.values():
+            if unit.restart_ns is not None and unit.restart_ns <= self._now_ns:
+                unit.begin()
+                self._out.append(StartWorker(unit=unit.id, incarnation=unit.incarnation))
+
+    def _silence_ns(self, unit: Unit) -> int | None:
+        """When a unit with requests will have been silent for too long."""
+        if unit.phase != "up" or not unit.requests:
+            return None
+        return unit.heard_ns + round(self.limits.silent_s * NS)
+
+    def _stop_silent(self) -> None:
+        for unit in self.units.values():
+            limit_ns = self._silence_ns(unit)
+            if limit_ns is not None and limit_ns <= self._now_ns:
+                unit.phase = "stopping"
+                self._out.append(StopWorker(unit=unit.id, incarnation=unit.incarnation))
+
+    # ------------------------------------------------------------------ placing
+
+    def _place_held(self) -> None:
+        for record in sorted(self._held.values(), key=lambda r: r.id):
+            model = record.request.model
+            if model in self._failed:
+                self._fail(record, MODEL_FAILED, self._failed[model])
+            elif len(record.emitted) >= record.request.max_tokens:
+                self._finish(record, finish="length")  # its last token came, its end did not
+            elif (unit := self._unit_for(record)) is not None:
+                self._place(record, unit)
+
+    def _unit_for(self, record: Record) -> Unit | None:
+        model = record.request.model
+        if record.parked_unit is not None:
+            home = self.units[record.parked_unit]
+            return home if home.up and model in home.assigned else None
+        takers = [u for u in self.units.values() if u.up and model in u.assigned]
+        if not takers:
+            return None
+        loads = [
+            UnitLoad(
+                unit=unit.id,
+                requests=len(unit.requests),
+                tokens=unit.tokens,
+                resident=unit.resident(model),
+                free_granules=unit.status.free_granules if unit.status else 0,
+            )
+            for unit in takers
+        ]
+        return self.units[self._dispatch.choose(record.request, loads)]
+
+    def _place(self, record: Record, unit: Unit) -> None:
+        del self._held[record.id]
+        record.unit = unit.id
+        unit.place(record.id, record.tokens, self._now_ns)
+        self._out.append(
+            SubmitTo(
+                unit=unit.id,
+                incarnation=unit.incarnation,
+                request=record.to_submit(),
+                emitted=tuple(record.emitted),
+                resume=record.parked,
+            )
+        )
+
+    def _begin_by_ns(self, record: Record) -> int | None:
+        """Until when a held request must have begun; None once it has, in its client's eyes."""
+        return None if record.emitted else record.request.hold_deadline_ns
+
+    def _expire_held(self) -> None:
+        for record in list(self._held.values()):
+            deadline_ns = self._begin_by_ns(record)
+            if deadline_ns is not None and deadline_ns <= self._now_ns:
+                self._fail(record, HOLD_DEADLINE, "no unit could take the request in time")
+
+    def _set_wake(self) -> None:
+        """Ask for the next wake; one that turns out too early does no harm."""
+        times = [self._begin_by_ns(record) for record in self._held.values()]
+        times += [unit.restart_ns for unit in self.units.values()]
+        times += [self._silence_ns(unit) for unit in self.units.values()]
+        wake_ns = min((t for t in times if t is not None), default=None)
+        if wake_ns is not None and (self._wake_ns is None or wake_ns < self._wake_ns):
+            self._wake_ns = wake_ns
+            self._out.append(WakeAt(at_ns=wake_ns))
+
+
+def _shape_error(request: Request, spec: ModelSpec) -> ReplyError | None:
+    """Bounds that no unit could serve."""
+    length = len(request.prompt) + request.max_tokens
+    if not request.prompt or request.max_tokens < 1:
+        message = "a request needs a prompt and max_tokens of at least one token"
+    elif min(request.prompt) < 0 or max(request.prompt) >= spec.vocab_size:
+        message = f"prompt ids of {spec.name!r} lie in 0 .. {spec.vocab_size - 1}"
+    elif length > spec.max_context_tokens:
+        message = f"prompt and max_tokens are {length} tokens; {spec.name!r} takes "
+        message += f"{spec.max_context_tokens}"
+        return ReplyError(code=CONTEXT_LENGTH, message=message)
+    else:
+        return None
+    return ReplyError(code=INVALID_REQUEST, message=message)
