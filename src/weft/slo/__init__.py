@@ -1,0 +1,1 @@
+"""Deadlines and attainment, the same for policies, server metrics, replay and simulator. Pure."""

@@ -1,0 +1,1 @@
+"""Trace rows, their mapping onto a pool's models, and generators of arrivals. Pure."""
