@@ -1,0 +1,282 @@
+"""What lies between the matrix products of a decoder layer, one kernel each.
+
+All arithmetic is float32, rounded to the model's dtype where the torch twins
+(`models.ops.TorchOps`, `attention.base.store_kv`) round last.
+
+Shapes: T tokens, H hidden size, Q query heads, G KV heads, D head dim, E = D / 2,
+I intermediate size, B gate/up blocks, N page tokens.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    eps,
+    x_stride,
+    residual_stride,
+    out_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Grid (T,). out = norm(x [+ residual]) * weight; with ADD the sum goes to residual."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < SIZE
+    x = tl.load(x_ptr + token * x_stride + at, mask=inside, other=0.0)
+    if ADD:
+        residual = residual_ptr + token * residual_stride + at
+        # The sum is rounded before it is normed: what the next layer adds to is what was seen.
+        x = (x.to(tl.float32) + tl.load(residual, mask=inside, other=0.0).to(tl.float32)).to(
+            x.dtype
+        )
+        tl.store(residual, x, mask=inside)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    out = weight.to(tl.float32) * (wide * scale).to(x.dtype).to(tl.float32)
+    tl.store(out_ptr + token * out_stride + at, out.to(x.dtype), mask=inside)
+
+
+@triton.jit
+def _rotary_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    k_ptr,
+    x_token_stride,
+    x_group_stride,
+    x_head_stride,
+    table_stride,
+    k_token_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Grid (T, G). Heads 0 .. GROUP of KV head g: GROUP queries, then its key."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    head = tl.arange(0, BLOCK_N)[:, None]
+    at = tl.arange(0, BLOCK_E)[None, :]
+    inside = (head <= GROUP) & (at < HALF)
+    x = x_ptr + token * x_token_stride + group * x_group_stride + head * x_head_stride + at
+    low = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(x + HALF, mask=inside, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + token * table_stride + at, mask=at < HALF, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + token * table_stride + at, mask=at < HALF, other=0.0).to(tl.float32)
+    new_low = (low * cos - high * sin).to(q_ptr.dtype.element_ty)
+    new_high = (high * cos + low * sin).to(q_ptr.dtype.element_ty)
+    q = q_ptr + (token * KV_HEADS * GROUP + group * GROUP + head) * (2 * HALF) + at
+    is_q = inside & (head < GROUP)
+    tl.store(q, new_low, mask=is_q)
+    tl.store(q + HALF, new_high, mask=is_q)
+    k = k_ptr + token * k_token_stride + group * (2 * HALF) + at + head * 0
+    is_k = inside & (head == GROUP)
+    tl.store(k, new_low, mask=is_k)
+    tl.store(k + HALF, new_high, mask=is_k)
+
+
+@triton.jit
+def _silu_kernel(
+    x_ptr,
+    out_ptr,
+    x_stride,
+    SIZE: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (T, ceil(I / BLOCK)). x [T, B, 2, PART]: per block gate, then up."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    x = x_ptr + token * x_stride + (at // PART) * (2 * PART) + at % PART
+    gate = tl.load(x, mask=inside, other=0.0)
+    up = tl.load(x + PART, mask=inside, other=0.0)
+    wide = gate.to(tl.float32)
+    active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    out = active.to(tl.float32) * up.to(tl.float32)
+    tl.store(out_ptr + token * SIZE + at, out.to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def _store_kernel(
+    k_ptr,
+    v_ptr,
+    kv_ptr,
+    position_ptr,
+    row_ptr,
+    slot_ptr,
+    table_ptr,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    page_stride,
+    token_stride,
+    value_offset,
+    table_stride,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (T,). K and V of one token to its place in its page."""
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(position_ptr + token)
+    slot = tl.load(slot_ptr + tl.load(row_ptr + token)).to(tl.int64)
+    page = tl.load(table_ptr + slot * table_stride + position // PAGE_TOKENS).to(tl.int64)
+    to = kv_ptr + page * page_stride + (position % PAGE_TOKENS) * token_stride
+    at = tl.arange(0, BLOCK)
+    inside = at < HEADS * HEAD_DIM
+    head = at // HEAD_DIM
+    k = k_ptr + token * k_token_stride + head * k_head_stride + at % HEAD_DIM
+    v = v_ptr + token * v_token_stride + head * v_head_stride + at % HEAD_DIM
+    tl.store(to + at, tl.load(k, mask=inside, other=0.0), mask=inside)
+    tl.store(to + value_offset + at, tl.load(v, mask=inside, other=0.0), mask=inside)
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 512))
+
+
+def _norm(
+    x_TH: torch.Tensor, residual_TH: torch.Tensor | None, weight_H: torch.Tensor, eps: float
+) -> torch.Tensor:
+    tokens, size = x_TH.shape
+    out_TH = torch.empty((tokens, size), dtype=x_TH.dtype, device=x_TH.device)
+    if tokens == 0:
+        return out_TH
+    other = x_TH if residual_TH is None else residual_TH
+    block = triton.next_power_of_2(size)
+    _norm_kernel[(tokens,)](
+        x_TH,
+        other,
+        weight_H,
+        out_TH,
+        eps,
+        x_TH.stride(0),
+        other.stride(0),
+        size,
+        SIZE=size,
+        BLOCK=block,
+        ADD=residual_TH is not None,
+        num_warps=_warps(block),
+    )
+    return out_TH
+
+
+class TritonOps:
+    """`models.ops.Ops` by the kernels above; for tensors with a unit stride in the last axis."""
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        return _norm(x_TH, None, weight_H, eps)
+
+    def add_rms_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the sum into residual_TH."""
+        return _norm(x_TH, residual_TH, weight_H, eps), residual_TH
+
+    def rotary(
+        self, x_TND: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor
+    ) -> torch.Tensor:
+        """A new contiguous tensor [T, N, D]."""
+        return split_rotary(x_TND[:, :, None], cos_TE, sin_TE, group=0)[1]
+
+    def silu_mul(self, gate_up_TB2I: torch.Tensor) -> torch.Tensor:
+        tokens, blocks, _, part = gate_up_TB2I.shape
+        size = blocks * part
+        out_TI = torch.empty((tokens, size), dtype=gate_up_TB2I.dtype, device=gate_up_TB2I.device)
+        if tokens:
+            _silu_kernel[(tokens, triton.cdiv(size, 2048))](
+                gate_up_TB2I,
+                out_TI,
+                gate_up_TB2I.stride(0),
+                SIZE=size,
+                PART=part,
+                BLOCK=2048,
+                num_warps=4,
+            )
+        return out_TI
+
+
+def split_rotary(
+    heads_TGND: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor, *, group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """heads [T, G, group + 1 or more, D]: per KV head its queries, its key, the rest untouched.
+
+    Returns the rotated q [T, G * group, D] and k [T, G, D], new and contiguous.
+    """
+    tokens, kv_heads, _, head_dim = heads_TGND.shape
+    kwargs = {"dtype": heads_TGND.dtype, "device": heads_TGND.device}
+    q_TQD = torch.empty((tokens, kv_heads * group, head_dim), **kwargs)
+    k_TGD = torch.empty((tokens, kv_heads, head_dim), **kwargs)
+    if tokens:
+        _rotary_kernel[(tokens, kv_heads)](
+            heads_TGND,
+            cos_TE,
+            sin_TE,
+            q_TQD if group else k_TGD,
+            k_TGD,
+            heads_TGND.stride(0),
+            heads_TGND.stride(1),
+            heads_TGND.stride(2),
+            cos_TE.stride(0),
+            k_TGD.stride(0),
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            HALF=head_dim // 2,
+            BLOCK_N=triton.next_power_of_2(group + 1),
+            BLOCK_E=triton.next_power_of_2(head_dim // 2),
+            num_warps=2,
+        )
+    return q_TQD, k_TGD
+
+
+def store_kv(
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    kv: torch.Tensor,
+    positions: torch.Tensor,
+    token_rows: torch.Tensor,
+    slots: torch.Tensor,
+    page_table: torch.Tensor,
+) -> None:
+    """Write K and V of T tokens into one layer's view kv [P, 2, N, G, D] of the pool, at
+    positions [T] of the slots[token_rows[t]]'s pages. k, v: unit stride in D."""
+    tokens, heads, head_dim = k_TGD.shape
+    if tokens == 0:
+        return
+    block = triton.next_power_of_2(heads * head_dim)
+    _store_kernel[(tokens,)](
+        k_TGD,
+        v_TGD,
+        kv,
+        positions,
+        token_rows,
+        slots,
+        page_table,
+        k_TGD.stride(0),
+        k_TGD.stride(1),
+        v_TGD.stride(0),
+        v_TGD.stride(1),
+        kv.stride(0),
+        kv.stride(2),
+        kv.stride(1),
+        page_table.stride(0),
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        PAGE_TOKENS=kv.shape[2],
+        BLOCK=block,
+        num_warps=_warps(block),
+    )

@@ -1,0 +1,78 @@
+"""Run by test_kernels_interpreter.py in a process of its own with TRITON_INTERPRET=1."""
+
+import os
+
+import pytest
+import torch
+
+from support.kernel_cases import relative_error
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+
+from weft.attention.base import ForwardBatch, KvView, store_kv, token_places  # noqa: E402
+from weft.kernels import elementwise  # noqa: E402
+from weft.models.ops import TorchOps  # noqa: E402
+
+OURS, TWIN = elementwise.TritonOps(), TorchOps()
+LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3}
+DTYPES = pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+
+
+@DTYPES
+def test_norms(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(3, 72).to(dtype), torch.randn(3, 72).to(dtype)
+    weight = torch.randn(72).to(dtype)
+    ref, ref_sum = TWIN.add_rms_norm(x.clone(), residual.clone(), weight, 1e-6)
+    out, total = OURS.add_rms_norm(x.clone(), residual.clone(), weight, 1e-6)
+    assert relative_error(out, ref) < LIMITS[dtype]
+    assert torch.equal(total, ref_sum)
+    plain = OURS.rms_norm(residual, weight, 1e-6)
+    assert relative_error(plain, TWIN.rms_norm(residual, weight, 1e-6)) < LIMITS[dtype]
+
+
+@DTYPES
+def test_rotary(dtype: torch.dtype) -> None:
+    tokens, kv_heads, group, head_dim = 3, 2, 3, 20
+    heads = torch.randn(tokens, kv_heads, group + 2, head_dim).to(dtype)
+    angle = torch.randn(tokens, head_dim // 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    ref = TWIN.rotary(heads.flatten(1, 2), cos, sin).view_as(heads)
+    q, k = elementwise.split_rotary(heads, cos, sin, group=group)
+    assert relative_error(q, ref[:, :, :group].flatten(1, 2)) < LIMITS[dtype]
+    assert relative_error(k, ref[:, :, group]) < LIMITS[dtype]
+    plain = OURS.rotary(heads.flatten(1, 2), cos, sin)
+    assert relative_error(plain, ref.flatten(1, 2)) < LIMITS[dtype]
+
+
+@DTYPES
+def test_silu(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 4, 2, 600).to(dtype)
+    assert relative_error(OURS.silu_mul(x), TWIN.silu_mul(x)) < LIMITS[dtype]
+
+
+def test_store_writes_these_places_only() -> None:
+    layers, page_tokens, heads, head_dim = 3, 4, 2, 6
+    pages = torch.full((7, layers, 2, page_tokens, heads, head_dim), -7.0)
+    table = torch.tensor([[6, 1, 9], [0, 3, 9], [4, 5, 2]], dtype=torch.int32)
+    starts, counts, slots = (2, 7), (5, 1), torch.tensor([2, 1])
+    rows = torch.tensor([0] * 5 + [1])
+    positions = torch.tensor([2, 3, 4, 5, 6, 7])
+    batch = ForwardBatch(
+        token_ids=positions,
+        positions=positions,
+        token_rows=rows,
+        row_offsets=torch.tensor([0, 5, 6], dtype=torch.int32),
+        row_starts=torch.tensor(starts, dtype=torch.int32),
+        row_tokens=torch.tensor(counts, dtype=torch.int32),
+        slots=slots,
+        page_table=table,
+        sample_tokens=torch.tensor([5]),
+        starts=starts,
+        num_tokens=counts,
+    )
+    fused = torch.randn(6, heads, 3, head_dim)
+    k, v = fused[:, :, 1], fused[:, :, 2]
+    expected = pages.clone()
+    store_kv(token_places(batch, page_tokens), 1, k, v, KvView(expected))
+    elementwise.store_kv(k, v, pages[:, 1], positions, rows, slots, table)
+    assert torch.equal(pages, expected)
