@@ -5,6 +5,7 @@ and `follow` name actions added earlier, so the order of adding is a topological
 can wait in a circle.
 """
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -124,3 +125,43 @@ class Dependencies:
         self._failed[action] = None
         if len(self._failed) > MAX_FAILED_REMEMBERED:
             del self._failed[next(iter(self._failed))]
+
+
+@dataclass
+class LaneOrder:
+    """A lane runs its steps in the order they were submitted, as a device stream does.
+
+    Steps become ready in any order; one is let go when all before it were let go or failed. No
+    circle can form: what a step waits for was submitted before it, and so was every earlier step.
+    """
+
+    _queue: deque[int] = field(default_factory=deque)
+    _ready: set[int] = field(default_factory=set)
+    _gone: set[int] = field(default_factory=set)
+
+    def add(self, action: int) -> None:
+        self._queue.append(action)
+
+    def ready(self, action: int) -> tuple[int, ...]:
+        """The step may start as far as its dependencies go. Returns the steps to start now."""
+        self._ready.add(action)
+        return self._let_go()
+
+    def failed(self, action: int) -> tuple[int, ...]:
+        """The step will never start. Returns the steps that waited behind it only."""
+        self._gone.add(action)
+        return self._let_go()
+
+    def _let_go(self) -> tuple[int, ...]:
+        out: list[int] = []
+        while self._queue:
+            head = self._queue[0]
+            if head in self._gone:
+                self._gone.remove(head)
+            elif head in self._ready:
+                self._ready.remove(head)
+                out.append(head)
+            else:
+                break
+            self._queue.popleft()
+        return tuple(out)

@@ -1,0 +1,372 @@
+"""The executor on a CPU: threads that copy, map and compute, in the order `after` allows.
+
+One thread per lane runs steps in order; one copies in (Load, CopyKv to the device), one out (CopyKv
+to the host), one maps (MapKv, UnmapKv, Drop). "Device" memory is the CPU arena.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from weft.attention.reference import ReferenceAttention
+from weft.core.actions import (
+    CopyKv,
+    Drop,
+    Interrupt,
+    Load,
+    MapKv,
+    Run,
+    StepPlan,
+    UnitAction,
+    UnmapKv,
+)
+from weft.core.events import CopyDone, Done, Failed, StepDone, UnitEvent
+from weft.core.ids import ModelName
+from weft.core.model import Architecture, ModelSpec
+from weft.core.unit import UnitSpec
+from weft.engine.base import ImageRef
+from weft.engine.book import (
+    CLOSED,
+    DEPENDENCY,
+    ActionBook,
+    DependencyFailed,
+    ExecutorClosed,
+    LoadProgress,
+)
+from weft.engine.checksums import ChecksumError, Checksums, checksum
+from weft.engine.copies import (
+    copy_pieces,
+    host_tensor,
+    kv_pieces,
+    page_fragments,
+    range_pieces,
+)
+from weft.engine.runner import BoundModel, LogitsTap, Runner, bind_model, finishes
+from weft.memory.arena_cpu import CpuArena
+from weft.memory.base import UNMAPPED, ArenaError, mapping_difference
+from weft.memory.host_store import HostStore
+
+log = logging.getLogger(__name__)
+
+REPORT_NS = 5_000_000
+"""A repeated Run reports what it has drawn at least this often."""
+
+_CONTRADICTIONS = (ArenaError, ChecksumError, ValueError, TypeError, LookupError, AssertionError)
+"""Failures that would come again: a contradiction between scheduler and executor, or bytes that
+are wrong. Everything else (memory, the system, a kernel) may pass: retryable."""
+
+
+class CpuExecutor:
+    """Implements `engine.base.Executor`.
+
+    threads: torch's threads in every step (process-wide); None leaves torch's default.
+    verify: checksums of parked pages and weight images (promise 1), and a check before every step
+    and copy that all it touches is mapped. For tests.
+    poison: see `CpuArena`. fault: called on the worker thread before an action is executed, may
+    raise to make it fail. logits_tap: see `Runner`. All three for tests.
+    """
+
+    def __init__(
+        self,
+        unit: UnitSpec,
+        host: HostStore,
+        *,
+        threads: int | None = None,
+        verify: bool = False,
+        poison: bool = False,
+        fault: Callable[[UnitAction], None] | None = None,
+        logits_tap: LogitsTap | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.unit = unit
+        self.checksums = Checksums() if verify else None
+        self._arena = CpuArena(unit.granule_bytes, unit.num_granules, poison=poison)
+        self._arena_lock = threading.Lock()
+        self._host: torch.Tensor | None = host_tensor(host)
+        self._fault = fault
+        self._models: dict[ModelName, BoundModel] = {}
+        last_token = torch.zeros(unit.num_slots, dtype=torch.int64)
+        self._runners = [
+            Runner(
+                unit, torch.device("cpu"), ReferenceAttention(), last_token, logits_tap=logits_tap
+            )
+            for _ in range(unit.lanes)
+        ]
+        names = [*(f"lane-{i}" for i in range(unit.lanes)), "copy-in", "copy-out", "memory"]
+        self._queues: dict[str, queue.SimpleQueue[UnitAction | None]] = {
+            name: queue.SimpleQueue() for name in names
+        }
+        self._book = ActionBook(self._dispatch, unit.lanes)
+        self._threads = [
+            threading.Thread(target=self._work, args=(self._queues[name],), name=f"weft-{name}")
+            for name in names
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # -- Executor -------------------------------------------------------------------------------
+
+    def bind(self, model: ModelSpec, arch: Architecture, image: ImageRef) -> None:
+        with self._arena_lock:
+            self._models[model.name] = bind_model(self._arena, self.unit, model, arch, image)
+
+    def unbind(self, model: ModelName) -> None:
+        if self._book.names_model(model):
+            raise ValueError(f"{model}: an action that names it is in flight")
+        with self._arena_lock:
+            self._arena.release(model)
+            del self._models[model]
+
+    def submit(self, action: UnitAction) -> None:
+        self._book.submit(action)
+
+    def poll(self) -> Sequence[UnitEvent]:
+        return self._book.poll()
+
+    def wait_fd(self) -> int:
+        return self._book.wait_fd()
+
+    def check_integrity(self, *, mapped: dict[str, tuple[int, ...]]) -> None:
+        """Meaningful only while no action is in flight."""
+        with self._arena_lock:
+            difference = mapping_difference(self._arena.mapped(), mapped)
+        assert difference is None, difference
+
+    def close(self) -> None:
+        """Finish the iteration or copy at hand, fail the rest, join the threads. Idempotent."""
+        self._book.begin_close()
+        for waiting in self._queues.values():
+            waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._book.end_close()
+        self._models.clear()
+        self._arena.close()
+        self._host = None
+
+    # -- threads --------------------------------------------------------------------------------
+
+    def _dispatch(self, action: UnitAction) -> None:
+        match action:
+            case Run():
+                name = f"lane-{action.lane}"
+            case Load():
+                name = "copy-in"
+            case CopyKv():
+                name = "copy-in" if action.to == "device" else "copy-out"
+            case _:
+                name = "memory"
+        self._queues[name].put(action)
+
+    def _work(self, waiting: "queue.SimpleQueue[UnitAction | None]") -> None:
+        while (action := waiting.get()) is not None:
+            self._book.end(self._execute(action))
+
+    def _execute(self, action: UnitAction) -> StepDone | CopyDone | Done | Failed:
+        try:
+            if self._book.closing:
+                raise ExecutorClosed
+            if self._fault is not None:
+                self._fault(action)
+            match action:
+                case Run():
+                    return self._run(action)
+                case Load():
+                    return self._load(action)
+                case CopyKv():
+                    return self._copy_kv(action)
+                case MapKv() | UnmapKv() | Drop():
+                    return self._remap(action)
+                case Interrupt():
+                    raise ValueError("an interrupt is not executed")
+        except DependencyFailed:
+            return Failed(action=action.id, cause=DEPENDENCY)
+        except ExecutorClosed:
+            return Failed(action=action.id, cause=CLOSED)
+        except Exception as error:
+            log.warning("action %d failed", action.id, exc_info=True)
+            return Failed(
+                action=action.id,
+                cause=repr(error),
+                retryable=not isinstance(error, _CONTRADICTIONS),
+            )
+
+    # -- actions --------------------------------------------------------------------------------
+
+    def _run(self, action: Run) -> StepDone:
+        plan = action.plan
+        model = self._model(plan.model)
+        progress = self._book.following(action)
+        runner = self._runners[action.lane]
+        step = runner.prepare(model, plan)
+        try:
+            if self.checksums is not None:
+                self._check_mapped(plan, model, weights=progress is None)
+            before_layer = None if progress is None else _waits(progress)
+            tokens: list[tuple[int, ...]] = []
+            times_ns: list[int] = []
+            begin_ns = reported_ns = time.monotonic_ns()
+            for i in range(plan.repeat):
+                runner.iterate(step, before_layer)
+                before_layer = None
+                now_ns = time.monotonic_ns()
+                tokens.append(step.tokens(i))
+                times_ns.append(now_ns)
+                if finishes(plan, i, tokens[-1]) or self._book.interrupted(action.id):
+                    break
+                if now_ns - reported_ns > REPORT_NS and i + 1 < plan.repeat:
+                    self._book.report(
+                        _step_done(action, tokens, times_ns, now_ns - begin_ns, last=False)
+                    )
+                    tokens, times_ns = [], []
+                    begin_ns = reported_ns = now_ns
+            return _step_done(action, tokens, times_ns, time.monotonic_ns() - begin_ns, last=True)
+        finally:
+            step.release()
+
+    def _load(self, action: Load) -> CopyDone:
+        model, progress = self._model(action.model), self._book.progress(action.id)
+        host = self._host_bytes()
+        image, chunk = model.image, self.unit.host_chunk_bytes
+        begin_ns, copied = time.monotonic_ns(), 0
+        at = range(len(action.granules))
+        with self._arena_lock:
+            if len(at) * self.unit.granule_bytes < image.num_bytes:
+                raise ValueError(f"{len(at)} granules are too few for {image.num_bytes} bytes")
+            self._arena.map(model.spec.name, "weights", at, action.granules)
+        try:
+            for i, extent in enumerate(model.layout.extents):
+                if self._book.closing:
+                    raise ExecutorClosed
+                pieces = range_pieces(
+                    image.offset + extent.offset, extent.offset, extent.num_bytes, chunk
+                )
+                copied += copy_pieces(pieces, host, model.weights_bytes, "device")
+                if self.checksums is not None:
+                    begin, end = extent.offset, extent.offset + extent.num_bytes
+                    self.checksums.check_image(
+                        image.key,
+                        i,
+                        checksum(model.weights_bytes[begin:end]),
+                        checksum(host[image.offset + begin : image.offset + end]),
+                    )
+                progress.advance()
+        except BaseException:
+            progress.fail()
+            with self._arena_lock:
+                self._arena.unmap(model.spec.name, "weights", at, action.granules)
+            raise
+        return _copy_done(action, copied, begin_ns)
+
+    def _copy_kv(self, action: CopyKv) -> CopyDone:
+        model, host = self._model(action.model), self._host_bytes()
+        page_bytes = model.spec.page_bytes
+        begin_ns = time.monotonic_ns()
+        pieces = kv_pieces(action.pages, page_bytes, action.extents, self.unit.host_chunk_bytes)
+        if self.checksums is not None:
+            self._check_pages_mapped(model, action.pages, f"request {action.request}")
+        copied = copy_pieces(pieces, host, model.kv_bytes, action.to)
+        if self.checksums is not None:
+            self._check_kv(self.checksums, action, model, host)
+        return _copy_done(action, copied, begin_ns)
+
+    def _remap(self, action: MapKv | UnmapKv | Drop) -> Done:
+        name = self._model(action.model).spec.name
+        with self._arena_lock:
+            match action:
+                case MapKv():
+                    self._arena.map(name, "kv", action.at, action.granules)
+                case UnmapKv():
+                    self._arena.unmap(name, "kv", action.at, action.granules)
+                case Drop():
+                    at = range(len(action.granules))
+                    self._arena.unmap(name, "weights", at, action.granules)
+        return Done(action=action.id)
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def _check_kv(
+        self, sums: Checksums, action: CopyKv, model: BoundModel, host: torch.Tensor
+    ) -> None:
+        page_bytes = model.spec.page_bytes
+        places = page_fragments(len(action.pages), page_bytes, action.extents)
+        on_device = [
+            checksum(model.kv_bytes[page * page_bytes : (page + 1) * page_bytes])
+            for page in action.pages
+        ]
+        on_host = [
+            checksum(*(host[e.offset : e.offset + e.num_bytes] for e in place)) for place in places
+        ]
+        if on_device != on_host:
+            raise ChecksumError(f"request {action.request}: a copied KV page differs")
+        if action.to == "host":
+            sums.parked(action.request, places, on_host)
+        else:
+            sums.check_resumed(action.request, places, on_device)
+
+    def _check_mapped(self, plan: StepPlan, model: BoundModel, *, weights: bool) -> None:
+        """Every page the step reads or writes, and (unless it follows a load) the weights."""
+        with self._arena_lock:
+            held = self._arena.mapped()[f"{model.spec.name}/weights"]
+        if weights and UNMAPPED in held:
+            raise ArenaError(f"{model.spec.name}: a step without its weights")
+        for row in plan.rows:
+            end = row.start + row.num_tokens + plan.repeat - 1
+            pages = model.page_table[row.slot, : -(-end // model.spec.page_tokens)].tolist()
+            self._check_pages_mapped(model, pages, f"request {row.request}")
+
+    def _check_pages_mapped(self, model: BoundModel, pages: Sequence[int], who: str) -> None:
+        page_bytes, granule_bytes = model.spec.page_bytes, self.unit.granule_bytes
+        with self._arena_lock:
+            held = self._arena.mapped()[f"{model.spec.name}/kv"]
+        for page in pages:
+            first = page * page_bytes // granule_bytes
+            last = ((page + 1) * page_bytes - 1) // granule_bytes
+            if last >= len(held) or UNMAPPED in held[first : last + 1]:
+                raise ArenaError(f"{model.spec.name}: page {page} of {who} is not mapped")
+
+    def _model(self, name: ModelName) -> BoundModel:
+        try:
+            return self._models[name]
+        except KeyError:
+            raise ValueError(f"model {name!r} is not bound") from None
+
+    def _host_bytes(self) -> torch.Tensor:
+        assert self._host is not None
+        return self._host
+
+
+def _waits(progress: LoadProgress) -> Callable[[int], None]:
+    """The decoder announces part i (-1: embedding); extent i + 1 of the image holds it."""
+
+    def before_layer(part: int) -> None:
+        progress.wait(part + 1)
+
+    return before_layer
+
+
+def _step_done(
+    action: Run,
+    tokens: list[tuple[int, ...]],
+    times_ns: list[int],
+    elapsed_ns: int,
+    *,
+    last: bool,
+) -> StepDone:
+    return StepDone(
+        action=action.id,
+        iterations=len(tokens),
+        last=last,
+        tokens=tuple(tokens),
+        token_ns=tuple(times_ns),
+        device_ns=elapsed_ns,
+    )
+
+
+def _copy_done(action: Load | CopyKv, num_bytes: int, begin_ns: int) -> CopyDone:
+    return CopyDone(action=action.id, num_bytes=num_bytes, device_ns=time.monotonic_ns() - begin_ns)
