@@ -1,8 +1,24 @@
-"""Building the packed weight image (see `layout` for its format) from a checkpoint. numpy only."""
+"""Building the packed weight image (see `layout` for its format) from a checkpoint. numpy only.
 
-from collections.abc import Callable
+The work is cut into pieces of a few MiB that any number of threads may do: numpy lets go of the
+interpreter while it copies. Rows go as they are; transposes go tile by tile, so that both sides
+stay in the cache.
+
+Shape legend: H hidden size, Q query heads, G KV heads, D head dim, I intermediate size, V
+vocabulary.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
+import numpy as np
+
+from weft.core.errors import WeftError
 from weft.core.model import Architecture
 from weft.models.layout import (
     FORMAT_VERSION,
@@ -11,7 +27,7 @@ from weft.models.layout import (
     TensorEntry,
     image_layout,
 )
-from weft.models.safetensors_file import Checkpoint
+from weft.models.safetensors_file import Checkpoint, open_checkpoint
 
 __all__ = [
     "FORMAT_VERSION",
@@ -24,16 +40,68 @@ __all__ = [
     "image_layout",
 ]
 
+PIECE_BYTES = 4 << 20
+TILE = 64
+_NUMPY = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4", "float64": "<f8"}
+
+
+class _Piece(NamedTuple):
+    """dest[...] = source[...], shapes equal, dtypes converted; transposed if the strides are."""
+
+    source: np.ndarray
+    source_dtype: str
+    dest: np.ndarray
+    dest_dtype: str
+
 
 def expected_tensors(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Names and shapes a checkpoint of `arch` must have."""
-    raise NotImplementedError
+    """Names and shapes a checkpoint of `arch` must have, in the order the image needs them."""
+    hidden, inner, vocab = arch.hidden_size, arch.intermediate_size, arch.vocab_size
+    queries, keys = arch.num_q_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(arch.num_layers):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
+        for part, rows in (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"{layer}.self_attn.{part}_proj.weight"] = (rows, hidden)
+            if arch.qkv_bias:
+                shapes[f"{layer}.self_attn.{part}_proj.bias"] = (rows,)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, queries)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
+    shapes["model.norm.weight"] = (hidden,)
+    if not arch.tied_embeddings:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def check_tensors(checkpoint: Checkpoint, arch: Architecture) -> None:
+    """Raises WeftError for the first tensor that is missing or has another shape."""
+    for name, shape in expected_tensors(arch).items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            raise WeftError(f"{checkpoint.path}: tensor {name!r} is missing from the checkpoint")
+        if info.shape != shape:
+            raise WeftError(
+                f"{checkpoint.file_of(name)}: tensor {name!r} has shape {list(info.shape)}, "
+                f"config.json asks for {list(shape)}"
+            )
 
 
 def image_key(path: Path, arch: Architecture) -> str:
     """Content address of the image: 64 hex digits of blake2b over the format version, `arch`, and
     every shard's name, size, modification time and header. Reads headers only."""
-    raise NotImplementedError
+    digest = hashlib.blake2b(digest_size=32)
+    with open_checkpoint(path) as checkpoint:
+        for part in (str(FORMAT_VERSION).encode(), msgspec.json.encode(arch)):
+            digest.update(len(part).to_bytes(8, "little") + part)
+        for stamp in checkpoint.stamps():
+            facts = f"{stamp.name}\0{stamp.num_bytes}\0{stamp.mtime_ns}".encode()
+            for part in (facts, stamp.header):
+                digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def build_image(
@@ -49,4 +117,143 @@ def build_image(
     calls sum up to the image's size. Every tensor's presence and shape is checked before the
     first byte is written. Raises WeftError naming file and tensor.
     """
-    raise NotImplementedError
+    layout = image_layout(arch)
+    report = progress or _ignore
+    if out.nbytes < layout.num_bytes:
+        raise ValueError(f"the image needs {layout.num_bytes} bytes, got {out.nbytes}")
+    check_tensors(checkpoint, arch)
+    image = np.frombuffer(out, dtype=np.uint8, count=layout.num_bytes)
+    report(_zero_gaps(image, layout))
+    pieces = _pieces(checkpoint, arch, layout, image)
+    if threads <= 1:
+        for piece in pieces:
+            report(_copy(piece))
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="weft-image") as pool:
+        window: deque[Future[int]] = deque()
+        for piece in pieces:
+            window.append(pool.submit(_copy, piece))
+            if len(window) >= 4 * threads:
+                report(window.popleft().result())
+        for future in window:
+            report(future.result())
+
+
+def _ignore(_: int) -> None:
+    """Nobody watches."""
+
+
+def _zero_gaps(image: np.ndarray, layout: ImageLayout) -> int:
+    """Zero what no tensor covers; returns how many bytes that is."""
+    at = total = 0
+    for entry in sorted(layout.tensors.values(), key=lambda entry: entry.offset):
+        image[at : entry.offset] = 0
+        total += entry.offset - at
+        at = entry.offset + entry.num_bytes
+    image[at:] = 0
+    return total + layout.num_bytes - at
+
+
+def _pieces(
+    checkpoint: Checkpoint, arch: Architecture, layout: ImageLayout, image: np.ndarray
+) -> Iterator[_Piece]:
+    """Every byte of every tensor of the image, once, in image order."""
+
+    def dest(name: str) -> np.ndarray:
+        entry = layout.tensors[name]
+        raw = image[entry.offset : entry.offset + entry.num_bytes]
+        return raw.view(_NUMPY[entry.dtype]).reshape(entry.shape)
+
+    def cut(target: np.ndarray, name: str, *, transpose: bool = False) -> Iterator[_Piece]:
+        checkpoint.will_need(name)
+        source = checkpoint.array(name)
+        source = source.T if transpose else source.reshape(target.shape)
+        return _cut(source, checkpoint.tensors[name].dtype, target, arch.dtype)
+
+    vocab, group, dim = arch.vocab_size, arch.group_size, arch.head_dim
+    yield from _padding(dest("embed")[vocab:], arch.dtype)
+    yield from cut(dest("embed")[:vocab], "model.embed_tokens.weight")
+    for i in range(arch.num_layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        yield from cut(dest(f"{ours}.input_norm"), f"{theirs}.input_layernorm.weight")
+        for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
+            target = dest(f"{ours}.qkv" if kind == "weight" else f"{ours}.qkv_bias")
+            for part, rows in (
+                ("q", slice(0, group * dim)),
+                ("k", slice(group * dim, (group + 1) * dim)),
+                ("v", slice((group + 1) * dim, (group + 2) * dim)),
+            ):
+                yield from cut(target[:, rows], f"{theirs}.self_attn.{part}_proj.{kind}")
+        yield from cut(dest(f"{ours}.o"), f"{theirs}.self_attn.o_proj.weight", transpose=True)
+        yield from cut(dest(f"{ours}.post_norm"), f"{theirs}.post_attention_layernorm.weight")
+        gate_up = dest(f"{ours}.gate_up")
+        yield from cut(gate_up[:, 0], f"{theirs}.mlp.gate_proj.weight")
+        yield from cut(gate_up[:, 1], f"{theirs}.mlp.up_proj.weight")
+        yield from cut(dest(f"{ours}.down"), f"{theirs}.mlp.down_proj.weight", transpose=True)
+    yield from cut(dest("norm"), "model.norm.weight")
+    if not arch.tied_embeddings:
+        yield from _padding(dest("lm_head")[vocab:], arch.dtype)
+        yield from cut(dest("lm_head")[:vocab], "lm_head.weight")
+
+
+def _padding(target: np.ndarray, dtype: str) -> Iterator[_Piece]:
+    """Zero rows after the vocabulary."""
+    if target.size:
+        yield _Piece(np.zeros(target.shape, target.dtype), dtype, target, dtype)
+
+
+def _cut(
+    source: np.ndarray, source_dtype: str, dest: np.ndarray, dest_dtype: str
+) -> Iterator[_Piece]:
+    """Pieces of about PIECE_BYTES along the first axis, and along the second where one index of
+    the first is already larger."""
+    if dest.ndim == 1:
+        yield _Piece(source, source_dtype, dest, dest_dtype)
+        return
+    if dest.ndim > 2 and dest[0].nbytes > PIECE_BYTES:
+        for i in range(dest.shape[0]):
+            yield from _cut(source[i], source_dtype, dest[i], dest_dtype)
+        return
+    step = max(1, PIECE_BYTES // max(1, dest[0].nbytes))
+    for at in range(0, dest.shape[0], step):
+        part = slice(at, at + step)
+        yield _Piece(source[part], source_dtype, dest[part], dest_dtype)
+
+
+def _copy(piece: _Piece) -> int:
+    """Do one piece; returns the bytes written."""
+    source, dest = piece.source, piece.dest
+    if source.ndim == 2 and source.strides[0] < source.strides[1]:
+        _copy_tiles(piece)
+    else:
+        dest[...] = _convert(source, piece.source_dtype, piece.dest_dtype)
+    return dest.nbytes
+
+
+def _copy_tiles(piece: _Piece) -> None:
+    rows, columns = piece.dest.shape
+    for row in range(0, rows, TILE):
+        for column in range(0, columns, TILE):
+            tile = (slice(row, row + TILE), slice(column, column + TILE))
+            part = _convert(piece.source[tile], piece.source_dtype, piece.dest_dtype)
+            piece.dest[tile] = part
+
+
+def _convert(source: np.ndarray, source_dtype: str, dest_dtype: str) -> np.ndarray:
+    """Widening is exact; narrowing rounds to nearest even, by way of float32 (as torch does)."""
+    if source_dtype == dest_dtype:
+        return source
+    if source_dtype == "bfloat16":
+        source = (source.astype(np.uint32) << 16).view(np.float32)
+    if dest_dtype == "bfloat16":
+        return _round_to_bfloat16(source)
+    with np.errstate(over="ignore"):  # float16 has infinities for what it cannot hold
+        return source.astype(_NUMPY[dest_dtype])
+
+
+def _round_to_bfloat16(source: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        wide = np.ascontiguousarray(source, dtype=np.float32)
+    bits = wide.view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(wide), np.uint32(0x7FC0), rounded).astype(np.uint16)

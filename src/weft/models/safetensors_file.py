@@ -3,13 +3,44 @@
 Format: 8 bytes little-endian header length, JSON header, data (huggingface.co/docs/safetensors).
 """
 
+import mmap
+import os
+import re
+import stat
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from weft.core.model import DType
+from weft.core.errors import WeftError
+from weft.core.model import DTYPE_BYTES, DType
+from weft.models.json_file import parse_object, read_json
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the format's own reader."""
+MAX_INDEX_BYTES = 64 << 20
+MAX_SHARDS = 1024
+MAX_DIMS = 8
+MAX_NAME_CHARS = 512
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_DTYPES: dict[str, DType] = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
+_NUMPY = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4", "float64": "<f8"}
+_OTHER_DTYPES = (
+    {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64"}
+    | {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+    | {"F4", "F6_E2M3", "F6_E3M2"}
+)
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
@@ -25,24 +56,77 @@ class TensorInfo(msgspec.Struct, frozen=True):
     num_bytes: int
 
 
+class _Shard(NamedTuple):
+    path: Path
+    map: mmap.mmap
+    mtime_ns: int
+    header: bytes
+    tensors: dict[str, TensorInfo]
+
+
+class ShardStamp(NamedTuple):
+    """What identifies a shard's content without reading it."""
+
+    name: str
+    num_bytes: int
+    mtime_ns: int
+    header: bytes
+
+
 class Checkpoint:
     """An opened checkpoint: every header checked, data mapped. Use as a context manager; arrays
     must be gone before it is closed."""
 
-    path: Path
-    files: tuple[Path, ...]
-    tensors: dict[str, TensorInfo]
+    def __init__(self, path: Path, shards: list[_Shard], tensors: dict[str, TensorInfo]) -> None:
+        self.path = path
+        self.files = tuple(shard.path for shard in shards)
+        self.tensors = tensors
+        self._shards = shards
 
     def array(self, name: str) -> np.ndarray:
         """Read-only view of a tensor's data; bfloat16 comes as uint16 bit patterns."""
-        raise NotImplementedError
+        info = self.tensors.get(name)
+        if info is None:
+            raise WeftError(f"{self.path}: tensor {name!r} is missing from the checkpoint")
+        array: np.ndarray = np.frombuffer(
+            self._shards[info.file].map,
+            dtype=_NUMPY[info.dtype],
+            count=info.num_bytes // DTYPE_BYTES[info.dtype],
+            offset=info.offset,
+        )
+        return array.reshape(info.shape)
+
+    def file_of(self, name: str) -> Path:
+        """The shard a tensor lies in, for error messages."""
+        return self.files[self.tensors[name].file]
 
     def main_dtype(self) -> DType:
         """The dtype most of the stored bytes have."""
-        raise NotImplementedError
+        count: Counter[DType] = Counter()
+        for info in self.tensors.values():
+            count[info.dtype] += info.num_bytes
+        if not count:
+            raise WeftError(f"{self.path}: the checkpoint holds no tensors")
+        return max(count, key=lambda dtype: count[dtype])
+
+    def stamps(self) -> tuple[ShardStamp, ...]:
+        """One a shard, in order of name."""
+        return tuple(
+            ShardStamp(shard.path.name, len(shard.map), shard.mtime_ns, shard.header)
+            for shard in sorted(self._shards, key=lambda shard: shard.path.name)
+        )
+
+    def will_need(self, name: str) -> None:
+        """Ask the kernel to read a tensor ahead."""
+        info = self.tensors[name]
+        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if info.num_bytes:
+            length = info.offset + info.num_bytes - start
+            self._shards[info.file].map.madvise(mmap.MADV_WILLNEED, start, length)
 
     def close(self) -> None:
-        raise NotImplementedError
+        for shard in self._shards:
+            shard.map.close()
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -59,4 +143,155 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open the safetensors of a model folder: model.safetensors.index.json with its shards, or
     model.safetensors. Raises WeftError naming the file, whatever is wrong with it."""
-    raise NotImplementedError
+    path = Path(path)
+    weight_map = _read_index(path)
+    names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    shards: list[_Shard] = []
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        for number, name in enumerate(names):
+            shard = _open_shard(path / name, number)
+            shards.append(shard)
+            for tensor, info in shard.tensors.items():
+                if tensor in tensors:
+                    other = shards[tensors[tensor].file].path.name
+                    raise WeftError(f"{shard.path}: tensor {tensor!r} is also in {other}")
+                tensors[tensor] = info
+        for tensor, name in (weight_map or {}).items():
+            if tensor not in tensors or names[tensors[tensor].file] != name:
+                raise WeftError(
+                    f"{path / INDEX}: tensor {tensor[:200]!r} is not in {name}; download it again"
+                )
+    except BaseException:
+        for shard in shards:
+            shard.map.close()
+        raise
+    return Checkpoint(path, shards, tensors)
+
+
+def _read_index(path: Path) -> dict[str, str] | None:
+    """weight_map of a sharded checkpoint, None for a single file."""
+    index = path / INDEX
+    try:
+        sharded, single = index.is_file(), (path / SINGLE).is_file()
+        foreign = any(path.glob("pytorch_model*.bin")) if path.is_dir() else False
+    except (OSError, ValueError) as error:
+        raise WeftError(f"{path}: cannot be read: {error}") from None
+    if not sharded:
+        if not single:
+            hint = (
+                "only pytorch_model.bin, which is never unpickled here; convert it to safetensors"
+                if foreign
+                else f"neither {SINGLE} nor {INDEX}; is this a Hugging Face model folder?"
+            )
+            raise WeftError(f"{path}: {hint}")
+        return None
+    weight_map = read_json(index, max_bytes=MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeftError(f"{index}: `weight_map` must be an object of tensor names to shards")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+            raise WeftError(
+                f"{index}: shard name {str(name)[:80]!r} is not a plain *.safetensors file name"
+            )
+    if len(set(weight_map.values())) > MAX_SHARDS:
+        raise WeftError(f"{index}: more than {MAX_SHARDS} shards")
+    return weight_map
+
+
+def _open_shard(path: Path, number: int) -> _Shard:
+    """Map a file and check its header. Links are followed (hub caches consist of them), devices
+    and pipes are not read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise WeftError(f"{path}: cannot be read: {error}") from None
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise WeftError(f"{path}: not a regular file")
+        if info.st_size < 8:
+            raise WeftError(f"{path}: {info.st_size} bytes is no safetensors file; truncated?")
+        view = mmap.mmap(fd, info.st_size, prot=mmap.PROT_READ)
+    except OSError as error:
+        raise WeftError(f"{path}: cannot be read: {error}") from None
+    finally:
+        os.close(fd)
+    try:
+        header, data_start = _header_bytes(path, view)
+        raw = parse_object(header, f"{path}: header")
+        tensors = _parse_tensors(path, number, raw, data_start, info.st_size)
+    except BaseException:
+        view.close()
+        raise
+    return _Shard(path, view, info.st_mtime_ns, header, tensors)
+
+
+def _header_bytes(path: Path, view: mmap.mmap) -> tuple[bytes, int]:
+    length = int.from_bytes(view[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise WeftError(f"{path}: header length {length} is absurd; not a safetensors file?")
+    if 8 + length > len(view):
+        raise WeftError(f"{path}: header ends at {8 + length}, the file at {len(view)}; truncated?")
+    header = view[8 : 8 + length]
+    if not header.startswith(b"{"):
+        raise WeftError(f"{path}: header does not begin with '{{'; not a safetensors file?")
+    return header, 8 + length
+
+
+def _parse_tensors(
+    path: Path, number: int, raw: dict[str, Any], data_start: int, file_bytes: int
+) -> dict[str, TensorInfo]:
+    raw.pop("__metadata__", None)
+    tensors = {
+        name: _parse_tensor(path, number, name, entry, data_start, file_bytes)
+        for name, entry in raw.items()
+    }
+    end, before = data_start, "the header"
+    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.num_bytes)):
+        if info.offset < end:
+            raise WeftError(f"{path}: tensor {info.name!r} overlaps {before}")
+        end, before = info.offset + info.num_bytes, repr(info.name)
+    return tensors
+
+
+def _parse_tensor(
+    path: Path, number: int, name: str, entry: Any, data_start: int, file_bytes: int
+) -> TensorInfo:
+    where = f"{path}: tensor {name[:200]!r}"
+    if not isinstance(entry, dict) or len(name) > MAX_NAME_CHARS:
+        raise WeftError(f"{where}: malformed header entry")
+    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        known = isinstance(dtype, str) and dtype in _OTHER_DTYPES
+        what = dtype if known else f"{str(dtype)[:40]!r}"
+        raise WeftError(f"{where}: dtype {what} is not supported; supported: {', '.join(_DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_size, shape)):
+        raise WeftError(f"{where}: shape must be at most {MAX_DIMS} integers of 0 or more")
+    if not isinstance(span, list) or len(span) != 2 or not all(map(_is_size, span)):
+        raise WeftError(f"{where}: data_offsets must be two integers of 0 or more")
+    num_bytes = DTYPE_BYTES[_DTYPES[dtype]]
+    for size in shape:
+        num_bytes *= size
+    if span[1] - span[0] != num_bytes:
+        raise WeftError(
+            f"{where}: data_offsets span {span[1] - span[0]} bytes, "
+            f"{dtype} {shape} needs {num_bytes}"
+        )
+    if data_start + span[1] > file_bytes:
+        raise WeftError(
+            f"{where}: ends at byte {data_start + span[1]}, the file at {file_bytes}; "
+            "truncated? download it again"
+        )
+    return TensorInfo(
+        name=name,
+        file=number,
+        dtype=_DTYPES[dtype],
+        shape=tuple(shape),
+        offset=data_start + span[0],
+        num_bytes=num_bytes,
+    )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
