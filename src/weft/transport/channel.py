@@ -168,15 +168,26 @@ class HubChannel:
         if self._flush():
             self._loop.remove_writer(self._sock)
 
-    def _readable(self) -> None:
+    def finish(self) -> None:
+        """The worker process is gone: hear all that it left, then close. `on_end` came already,
+        or comes in this call."""
+        while self._open and self._readable():
+            pass
+        if self._open:
+            self._end("end of stream")
+
+    def _readable(self) -> bool:
+        """Hear what is there, within bounds. False if there was nothing."""
         messages: list[WorkerMessage] = []
         end: str | None = None
+        heard = False
         for _ in range(_READS_PER_TURN):
             try:
                 data = self._sock.recv(_READ_BYTES)
                 if not data:
                     end = "end of stream"
                     break
+                heard = True
                 messages += self._reader.feed(data)
             except (BlockingIOError, InterruptedError):
                 break
@@ -186,8 +197,12 @@ class HubChannel:
         if messages:
             self._on_messages(messages)
         if end is not None and self._open:
-            self.close()
-            self._on_end(end)
+            self._end(end)
+        return heard
+
+    def _end(self, reason: str) -> None:
+        self.close()
+        self._on_end(reason)
 
     def close(self) -> None:
         """Idempotent. No callback comes afterwards."""

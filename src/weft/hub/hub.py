@@ -1,0 +1,373 @@
+"""The hub: joins the pool's scheduler to clients on one side and units on the other.
+
+It has no opinion. Every happening becomes a pool event, is handled at once in the event loop, and
+the actions that come back are carried out in their order. Requests live in the scheduler's
+journal; here is only the way to each client (a stream) and to each unit (the launcher).
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from weft.core.actions import Emit, KvGone, KvParked, Status
+from weft.core.errors import ReplyError
+from weft.core.events import Assign, Cancel, Submit, Unassign, UnitEvent
+from weft.core.ids import ModelName, RequestId
+from weft.core.request import Request
+from weft.core.unit import UnitStatus
+from weft.hub.base import (
+    Chunk,
+    Health,
+    HubRefusal,
+    ModelCard,
+    NewRequest,
+    PoolView,
+    UnitView,
+)
+from weft.pool import actions as act
+from weft.pool import events as ev
+from weft.pool.scheduler import PoolScheduler
+from weft.transport.messages import (
+    BindModel,
+    Hello,
+    HubMessage,
+    StepRequests,
+    UnitEvents,
+    UnitNotices,
+    WorkerMessage,
+)
+
+HEALTH_WINDOW_S = 30.0
+MAX_TOKENS_A_FRAME = 4_000_000
+"""Prompt and emitted ids in one message to a worker; keeps frames below their bound."""
+
+
+class Launcher(Protocol):
+    """What the hub needs of the node agent. No method calls back into the hub before it returns."""
+
+    def start(self, unit: int, incarnation: int) -> None:
+        """Start a worker; the hub hears `unit_messages` with its Hello, or `unit_lost`."""
+        ...
+
+    def stop(self, unit: int, incarnation: int) -> None:
+        """Kill it; the hub hears `unit_lost`."""
+        ...
+
+    def send(self, unit: int, incarnation: int, message: HubMessage) -> None:
+        """To a worker that is gone: does nothing."""
+        ...
+
+    def host_usage(self) -> tuple[int, int]:
+        """Size of the host store and the memory it holds, in bytes."""
+        ...
+
+
+class _Stream(AsyncIterator[Chunk]):
+    """One client's way out. Chunks that were not fetched yet are joined, so a slow client costs
+    no more than its answer."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[Chunk] = deque()
+        self._came = asyncio.Event()
+        self._ended = False
+
+    def put(self, chunk: Chunk) -> None:
+        last = self._chunks[-1] if self._chunks else None
+        if last is not None and last.finish is None:
+            self._chunks[-1] = msgspec.structs.replace(chunk, tokens=last.tokens + chunk.tokens)
+        else:
+            self._chunks.append(chunk)
+        self._came.set()
+
+    async def __anext__(self) -> Chunk:
+        if self._ended:
+            raise StopAsyncIteration
+        while not self._chunks:
+            self._came.clear()
+            await self._came.wait()
+        chunk = self._chunks.popleft()
+        self._ended = chunk.finish is not None
+        return chunk
+
+
+@dataclass(slots=True)
+class _Instant:
+    """What one decision sends to one unit."""
+
+    bind: list[BindModel] = field(default_factory=list)
+    events: list[UnitEvent] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _UnitFacts:
+    """What people see of a unit besides what the scheduler keeps."""
+
+    device: str = ""
+    incarnation: int = 0
+
+
+class PoolHub:
+    """Implements `weft.hub.base.Hub`. All methods are called in the event loop's thread."""
+
+    def __init__(
+        self,
+        scheduler: PoolScheduler,
+        launcher: Launcher,
+        *,
+        hold_s: float,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._scheduler = scheduler
+        self._launcher = launcher
+        self._hold_ns = round(hold_s * 1e9)
+        self._clock = clock
+        self._cards: dict[str, ModelCard] = {}
+        self._ready: set[str] = set()
+        self._binds: dict[ModelName, BindModel] = {}
+        self._facts: dict[int, _UnitFacts] = {}
+        self._streams: dict[RequestId, _Stream] = {}
+        self._rejected: dict[RequestId, ReplyError] = {}
+        self._last_id = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._progress_ns = clock()
+        self._drained = asyncio.Event()
+
+    # ------------------------------------------------------------------ for frontends
+
+    def models(self) -> tuple[ModelCard, ...]:
+        return tuple(self._cards.values())
+
+    def open(self, new: NewRequest) -> tuple[RequestId, AsyncIterator[Chunk]]:
+        """See `weft.hub.base.Hub.open`."""
+        self._last_id += 1
+        now_ns = self._clock()
+        request = Request(
+            id=RequestId(self._last_id),
+            model=ModelName(new.model),
+            prompt=new.prompt,
+            max_tokens=new.max_tokens,
+            min_tokens=new.min_tokens,
+            sampling=new.sampling,
+            stop_ids=new.stop_ids,
+            ignore_eos=new.ignore_eos,
+            priority=new.priority,
+            tenant=new.tenant,
+            arrival_ns=now_ns,
+            hold_deadline_ns=now_ns + self._hold_ns,
+        )
+        if not len(self._scheduler.journal):
+            self._progress_ns = now_ns  # nothing waited until now
+        stream = self._streams[request.id] = _Stream()
+        self._handle([ev.NewRequest(request=request)])
+        error = self._rejected.pop(request.id, None)
+        if error is not None:
+            del self._streams[request.id]
+            raise HubRefusal(error)
+        return request.id, stream
+
+    def cancel(self, request: RequestId) -> None:
+        self._handle([ev.ClientGone(request=request)])
+
+    def view(self) -> PoolView:
+        size, used = self._launcher.host_usage()
+        return PoolView(
+            models=self.models(),
+            units=tuple(self._unit_views()),
+            unfinished=len(self._scheduler.journal),
+            host_store_bytes=size,
+            host_store_used_bytes=used,
+        )
+
+    def _unit_views(self) -> Iterator[UnitView]:
+        for unit in self._scheduler.units.values():
+            yield UnitView(
+                unit=unit.id,
+                incarnation=unit.incarnation,
+                device=self._facts[unit.id].device,
+                up=unit.up,
+                restarts=max(0, unit.incarnation - 1),
+                status=unit.status,
+            )
+
+    def health(self) -> Health:
+        waiting = len(self._scheduler.journal)
+        since_s = (self._clock() - self._progress_ns) / 1e9 if waiting else 0.0
+        servable = {card.name for card in self._cards.values() if card.failed is None}
+        return Health(
+            healthy=since_s < HEALTH_WINDOW_S,
+            ready=servable <= self._ready
+            and any(unit.up for unit in self._scheduler.units.values()),
+            waiting=waiting,
+            since_progress_s=since_s,
+        )
+
+    # ------------------------------------------------------------------ for the node
+
+    def add_model(self, card: ModelCard, bind: BindModel) -> None:
+        """Serve this model; its requests wait until `model_ready`."""
+        self._cards[card.name] = card
+        self._binds[bind.model.name] = bind
+        self._handle([ev.ModelAdded(spec=bind.model)])
+
+    def add_failed_model(self, card: ModelCard) -> None:
+        """A model of the configuration that cannot be served; `card.failed` says why."""
+        self._cards[card.name] = card
+        self._handle([ev.ModelFailed(model=ModelName(card.name), reason=card.failed or "failed")])
+
+    def model_ready(self, name: str) -> None:
+        """Its weight image is in the host store."""
+        self._ready.add(name)
+        self._handle([ev.ModelReady(model=ModelName(name))])
+
+    def model_failed(self, name: str, reason: str) -> None:
+        self._cards[name] = msgspec.structs.replace(self._cards[name], failed=reason)
+        self._handle([ev.ModelFailed(model=ModelName(name), reason=reason)])
+
+    def add_unit(self, unit: int) -> None:
+        self._facts[unit] = _UnitFacts()
+        self._handle([ev.UnitAdded(unit=unit)])
+
+    def note_progress(self) -> None:
+        """Bytes of an image were copied: what waits for it does not wait in vain."""
+        self._progress_ns = self._clock()
+
+    def unit_messages(self, unit: int, messages: list[WorkerMessage]) -> None:
+        """Everything that arrived from a worker at once: one instant."""
+        events: list[ev.PoolEvent] = []
+        for message in messages:
+            incarnation = message.incarnation
+            match message:
+                case Hello(device=device):
+                    self._facts[unit] = _UnitFacts(device, incarnation)
+                    events.append(ev.UnitUp(unit=unit, incarnation=incarnation))
+                case StepRequests(requests=requests):
+                    events.append(
+                        ev.Stepping(unit=unit, incarnation=incarnation, requests=requests)
+                    )
+                case UnitNotices():
+                    events += self._from_notices(unit, message)
+        if events:
+            self._handle(events)
+
+    def unit_lost(self, unit: int, incarnation: int, cause: str) -> None:
+        """Its process is gone, and everything it said went through `unit_messages`."""
+        self._handle([ev.UnitLost(unit=unit, incarnation=incarnation, cause=cause)])
+
+    def drain(self) -> None:
+        """Refuse new requests; `drained` returns when none is left."""
+        self._handle([ev.DrainPool()])
+
+    async def drained(self) -> None:
+        while len(self._scheduler.journal):
+            self._drained.clear()
+            await self._drained.wait()
+
+    def close(self) -> None:
+        """Stop the timer and end every stream that is still open."""
+        if self._timer is not None:
+            self._timer.cancel()
+        error = ReplyError(code="draining", message="the server is shutting down")
+        for stream in self._streams.values():
+            stream.put(Chunk(finish="error", error=error))
+        self._streams.clear()
+
+    # ------------------------------------------------------------------ events and actions
+
+    def _from_notices(self, unit: int, message: UnitNotices) -> Iterator[ev.PoolEvent]:
+        who = {"unit": unit, "incarnation": message.incarnation}
+        for notice in message.notices:
+            match notice:
+                case Emit():
+                    self._progress_ns = self._clock()
+                    yield ev.Emitted(**who, emit=notice)
+                case KvParked(request=request, kv=kv):
+                    yield ev.KvParkedAt(**who, request=request, kv=kv)
+                case KvGone(request=request):
+                    yield ev.KvGoneAt(**who, request=request)
+                case Status(status=status):
+                    self._note_status(unit, status)
+                    yield ev.UnitReport(**who, status=status)
+
+    def _note_status(self, unit: int, status: UnitStatus) -> None:
+        before = self._scheduler.units[unit].status
+        if before is None or (before.actions_done, before.bytes_copied) != (
+            status.actions_done,
+            status.bytes_copied,
+        ):
+            self._progress_ns = self._clock()
+
+    def _handle(self, events: list[ev.PoolEvent]) -> None:
+        instants: dict[tuple[int, int], _Instant] = {}
+        for action in self._scheduler.handle(events, self._clock()):
+            match action:
+                case act.Reply():
+                    self._reply(action)
+                case act.Reject(request=request, error=error):
+                    self._rejected[request] = error
+                case act.WakeAt(at_ns=at_ns):
+                    self._set_timer(at_ns)
+                case act.StartWorker(unit=unit, incarnation=incarnation):
+                    self._launcher.start(unit, incarnation)
+                case act.StopWorker(unit=unit, incarnation=incarnation):
+                    self._launcher.stop(unit, incarnation)
+                case _:
+                    key = (action.unit, action.incarnation)
+                    self._add(instants.setdefault(key, _Instant()), action)
+        for (unit, incarnation), instant in instants.items():
+            for message in _messages(incarnation, instant):
+                self._launcher.send(unit, incarnation, message)
+        if not len(self._scheduler.journal):
+            self._drained.set()
+
+    def _add(
+        self,
+        instant: _Instant,
+        action: act.SubmitTo | act.CancelAt | act.AssignTo | act.UnassignFrom,
+    ) -> None:
+        match action:
+            case act.AssignTo(model=model):
+                instant.bind.append(self._binds[model.name])
+                instant.events.append(Assign(model=model))
+            case act.UnassignFrom(model=name):
+                instant.events.append(Unassign(model=name))
+            case act.SubmitTo(request=request, emitted=emitted, resume=resume):
+                instant.events.append(Submit(request=request, emitted=emitted, resume=resume))
+            case act.CancelAt(request=request_id):
+                instant.events.append(Cancel(request=request_id))
+
+    def _reply(self, reply: act.Reply) -> None:
+        stream = self._streams.get(reply.request)
+        if stream is None:
+            return
+        stream.put(Chunk(tokens=reply.tokens, finish=reply.finish, error=reply.error))
+        if reply.finish is not None:
+            del self._streams[reply.request]
+
+    def _set_timer(self, at_ns: int) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = max(0.0, (at_ns - self._clock()) / 1e9)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(delay_s, lambda: self._handle([ev.Woke()]))
+
+
+def _messages(incarnation: int, instant: _Instant) -> Iterator[UnitEvents]:
+    """The instant in frames of bounded size; all but the last say that there is more."""
+    bind = tuple(instant.bind)
+    events: list[UnitEvent] = []
+    tokens = 0
+    for event in instant.events:
+        size = 0
+        if isinstance(event, Submit):
+            size = len(event.request.prompt) + len(event.emitted)
+        if events and tokens + size > MAX_TOKENS_A_FRAME:
+            yield UnitEvents(incarnation=incarnation, bind=bind, events=tuple(events), more=True)
+            bind, events, tokens = (), [], 0
+        events.append(event)
+        tokens += size
+    yield UnitEvents(incarnation=incarnation, bind=bind, events=tuple(events))

@@ -1,0 +1,194 @@
+"""The worker's loop: receive -> handle -> tell -> submit -> poll.
+
+One thread, no queue of its own. Everything that happened is handed to the scheduler as one
+instant; what it answers is told to the hub first and submitted second. That order is a promise
+(`weft.core.actions`): when an action overwrites a host extent, the hub's socket already holds the
+news that the extent's old content is gone, and a kill -9 in between loses nothing.
+"""
+
+import selectors
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from weft.core.actions import Run, Status, UnitAction, UnitNotice, WakeAt
+from weft.core.events import CopyDone, Done, Failed, ReportStatus, StepDone, UnitEvent, Woke
+from weft.core.ids import ActionId, ModelName, RequestId
+from weft.engine.base import Executor
+from weft.transport.channel import WorkerChannel
+from weft.transport.messages import Configure, Shutdown, StepRequests, UnitEvents, UnitNotices
+from weft.worker.trace import Recorder
+
+REPORT_EVERY_NS = 100_000_000
+"""A status at most this often while things happen."""
+HEARTBEAT_NS = 5_000_000_000
+"""And at least this often while requests wait for something that takes long."""
+
+
+class Scheduler(Protocol):
+    """What the loop needs of `weft.sched.scheduler.UnitScheduler`."""
+
+    def handle(
+        self, events: Sequence[UnitEvent], now_ns: int
+    ) -> Sequence[UnitAction | UnitNotice]: ...
+
+    def check_integrity(self) -> None: ...
+
+    def mapped(self) -> dict[str, tuple[int, ...]]: ...
+
+
+class Worker:
+    """Joins one scheduler, one executor and the channel to the hub."""
+
+    def __init__(
+        self,
+        incarnation: int,
+        channel: WorkerChannel,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        recorder: Recorder | None = None,
+        check: bool = False,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._incarnation = incarnation
+        self._channel = channel
+        self._scheduler = scheduler
+        self._executor = executor
+        self._recorder = recorder
+        self._check = check
+        self._clock = clock
+        self._bound: set[ModelName] = set()
+        self._in_flight: dict[ActionId, UnitAction] = {}
+        self._told_steps: frozenset[RequestId] = frozenset()
+        self._wake_ns: int | None = None
+        self._reported_ns = clock()
+        self._unreported = False
+        self._waiting = 0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Until a Shutdown message. Raises ChannelClosed when the hub is gone."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._channel.fileno(), selectors.EVENT_READ)
+            selector.register(self._executor.wait_fd(), selectors.EVENT_READ)
+            while not self._stopping:
+                events = self.gather()
+                if events:
+                    self.decide(events)
+                else:
+                    selector.select(self._timeout_s())
+
+    def gather(self) -> list[UnitEvent]:
+        """Everything that happened since the last call: one instant."""
+        events = self._receive()
+        for event in self._executor.poll():
+            events.append(event)
+            self._ended(event)
+        now_ns = self._clock()
+        if self._wake_ns is not None and now_ns >= self._wake_ns:
+            self._wake_ns = None
+            events.append(Woke())
+        self._unreported = self._unreported or bool(events)
+        if now_ns >= self._report_due_ns():
+            events.append(ReportStatus())
+        return events
+
+    def decide(self, events: Sequence[UnitEvent]) -> None:
+        """One decision: told, then submitted."""
+        planned_ns = self._clock()
+        actions: list[UnitAction] = []
+        notices: list[UnitNotice] = []
+        for item in self._scheduler.handle(events, planned_ns):
+            if isinstance(item, WakeAt):
+                self._wake_ns = item.at_ns
+            elif isinstance(item, UnitAction):
+                actions.append(item)
+            else:
+                notices.append(item)
+        self._tell(notices)
+        self._tell_steps(actions)
+        for action in actions:
+            self._in_flight[action.id] = action
+            self._executor.submit(action)
+            if self._recorder:
+                self._recorder.submitted(action, planned_ns, self._clock())
+
+    def _receive(self) -> list[UnitEvent]:
+        """Events from the hub; an instant that spans several messages is waited for whole."""
+        events: list[UnitEvent] = []
+        more = False
+        while True:
+            for message in self._channel.receive(None if more else 0.0):
+                match message:
+                    case UnitEvents() if message.incarnation == self._incarnation:
+                        self._bind(message)
+                        events += message.events
+                        more = message.more
+                    case Shutdown():
+                        self._stopping = True
+                        return []
+                    case UnitEvents() | Configure():
+                        raise AssertionError(f"not for this incarnation: {type(message).__name__}")
+            if not more:
+                return events
+
+    def _bind(self, message: UnitEvents) -> None:
+        for bind in message.bind:
+            if bind.model.name not in self._bound:
+                self._bound.add(bind.model.name)
+                self._executor.bind(bind.model, bind.arch, bind.image)
+
+    def _ended(self, event: UnitEvent) -> None:
+        if self._recorder:
+            self._recorder.ended(event, self._clock())
+        match event:
+            case StepDone(last=False):
+                return
+            case StepDone() | CopyDone() | Done() | Failed():
+                del self._in_flight[event.action]
+
+    def _tell(self, notices: list[UnitNotice]) -> None:
+        if not notices:
+            return
+        self._channel.send(UnitNotices(incarnation=self._incarnation, notices=tuple(notices)))
+        for notice in notices:
+            if isinstance(notice, Status):
+                self._reported_ns = self._clock()
+                self._unreported = False
+                self._waiting = notice.status.waiting
+                if self._check and not self._waiting and not self._in_flight:
+                    self._check_integrity()
+
+    def _tell_steps(self, actions: list[UnitAction]) -> None:
+        """Name the suspects before the step that could kill us. A batch that goes on is not
+        named again: most decisions send nothing here."""
+        if not any(isinstance(action, Run) for action in actions):
+            return
+        steps = frozenset(
+            row.request
+            for action in (*self._in_flight.values(), *actions)
+            if isinstance(action, Run)
+            for row in action.plan.rows
+        )
+        if not steps <= self._told_steps:
+            self._told_steps = steps
+            self._channel.send(
+                StepRequests(incarnation=self._incarnation, requests=tuple(sorted(steps)))
+            )
+
+    def _report_due_ns(self) -> float:
+        if self._unreported:
+            return self._reported_ns + REPORT_EVERY_NS
+        return self._reported_ns + HEARTBEAT_NS if self._waiting else float("inf")
+
+    def _timeout_s(self) -> float | None:
+        wake_ns = self._wake_ns if self._wake_ns is not None else float("inf")
+        due_ns = min(self._report_due_ns(), wake_ns)
+        if due_ns == float("inf"):
+            return None
+        return max(0.0, (due_ns - self._clock()) / 1e9)
+
+    def _check_integrity(self) -> None:
+        self._scheduler.check_integrity()
+        self._executor.check_integrity(mapped=self._scheduler.mapped())

@@ -1,0 +1,145 @@
+"""A worker process: from its command line to the loop.
+
+    python -m weft.worker --label unit0.1 --socket-fd 5 --host-fd 6 --parent 4711
+
+It inherits one end of a socket pair and the host store's memfd, reads its configuration from the
+socket, builds the arena, says Hello and runs. It dies with its parent, whatever happens to that.
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from weft.core.errors import WeftError
+from weft.core.unit import UnitSpec
+from weft.engine.base import Executor
+from weft.memory.host_store import HostStore
+from weft.transport.channel import ChannelClosed, WorkerChannel
+from weft.transport.messages import Configure, Hello, Shutdown, WorkerConfig, WorkerFailed
+from weft.worker.loop import Scheduler, Worker
+from weft.worker.trace import Recorder
+
+log = logging.getLogger("weft.worker")
+
+_PR_SET_PDEATHSIG = 1
+
+
+class BuiltUnit(NamedTuple):
+    """The two halves of a unit, made from the same UnitSpec."""
+
+    device: str
+    spec: UnitSpec
+    scheduler: Scheduler
+    executor: Executor
+
+
+Build = Callable[[WorkerConfig, HostStore], BuiltUnit]
+
+
+def build_unit(config: WorkerConfig, host: HostStore) -> BuiltUnit:
+    """Probe the device and make scheduler and executor for it. Raises WeftError if the device
+    cannot be had."""
+    # Imported here: torch takes seconds, and a worker that has lost its parent by then is gone.
+    from weft.engine.device import probe
+    from weft.policy.presets import preset
+    from weft.sched.scheduler import UnitScheduler
+
+    facts = probe(config.device, config.device_memory_bytes)
+    spec = UnitSpec(
+        granule_bytes=facts.granule_bytes,
+        num_granules=facts.arena_bytes // facts.granule_bytes,
+        host_offset=config.host_offset,
+        host_bytes=config.host_bytes,
+        depth=config.depth,
+        max_rows=config.max_rows,
+        max_step_tokens=config.max_step_tokens,
+        max_repeat=config.max_repeat,
+    )
+    executor: Executor
+    if facts.kind == "cuda":
+        from weft.engine.cuda_executor import CudaExecutor
+
+        executor = CudaExecutor(spec, host, threads=config.cpu_threads, verify=config.check)
+    else:
+        from weft.engine.cpu_executor import CpuExecutor
+
+        executor = CpuExecutor(spec, host, threads=config.cpu_threads, verify=config.check)
+    scheduler = UnitScheduler(spec, preset(config.policy, turn_s=config.turn_s))
+    return BuiltUnit(facts.name, spec, scheduler, executor)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill us when the parent dies; exit at once if it already has."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        raise SystemExit(1)
+
+
+def main(argv: Sequence[str] | None = None, *, build: Build = build_unit) -> int:
+    """Run a worker to its end. Returns the exit status: 0 when told to stop or when the hub is
+    gone, 1 when it failed (the hub was told why)."""
+    parser = argparse.ArgumentParser(prog="weft.worker", description="started by weft serve")
+    parser.add_argument("--label", required=True, help="for people: unit and incarnation")
+    parser.add_argument("--socket-fd", type=int, required=True)
+    parser.add_argument("--host-fd", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    args = parser.parse_args(argv)
+    die_with_parent(args.parent)
+    # Ctrl-C goes to the whole foreground group; it is the server's to answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s %(levelname)s {args.label} %(message)s"
+    )
+    channel = WorkerChannel(socket.socket(fileno=args.socket_fd))
+    try:
+        (message,) = channel.receive(None)
+        if not isinstance(message, Configure):
+            return 0 if isinstance(message, Shutdown) else 1
+        return _serve(message.config, channel, args.host_fd, build)
+    except ChannelClosed:
+        return 0
+
+
+def _serve(config: WorkerConfig, channel: WorkerChannel, host_fd: int, build: Build) -> int:
+    executor: Executor | None = None
+    try:
+        host = HostStore.attach(host_fd, config.host_store_bytes)
+        built = build(config, host)
+        executor = built.executor
+        recorder = None
+        if config.trace_dir is not None:
+            recorder = Recorder(
+                Path(config.trace_dir), config.unit, config.incarnation, built.device
+            )
+        channel.send(Hello(incarnation=config.incarnation, device=built.device, spec=built.spec))
+        worker = Worker(
+            config.incarnation,
+            channel,
+            built.scheduler,
+            executor,
+            recorder=recorder,
+            check=config.check,
+        )
+        worker.run()
+        return 0
+    except ChannelClosed:
+        raise
+    except WeftError as error:
+        channel.send(WorkerFailed(incarnation=config.incarnation, reason=str(error)))
+        return 1
+    except Exception as error:
+        log.exception("worker failed")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        channel.send(WorkerFailed(incarnation=config.incarnation, reason=reason))
+        return 1
+    finally:
+        if executor is not None:
+            executor.close()
