@@ -132,17 +132,18 @@ def random_tensors(
     def vector(size: int, mean: float, std: float) -> np.ndarray:
         return (mean + std * rng.standard_normal(size)).astype(np.float32)
 
-    # Scores get a std of 1.4 * 1.4 = 2: sharp enough to prefer few positions, soft enough to mix
-    # many. Branches outweigh the embedding, else a tied model repeats its last token.
-    tensors = {"model.embed_tokens.weight": matrix(vocab, hidden, hidden**0.5 * 0.5)}
+    # Scores get a std of 2 * 2 = 4: sharp, else attention over a long context averages to nothing
+    # and the answer falls into a loop. Branches outweigh the embedding, else a tied model repeats
+    # its last token.
+    tensors = {"model.embed_tokens.weight": matrix(vocab, hidden, hidden**0.5 * 0.3)}
     for i in range(layers):
         name = f"model.layers.{i}"
         for part, out in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            std = 3.0 if part == "v" else 1.4
+            std = 3.0 if part == "v" else 2.0
             tensors[f"{name}.self_attn.{part}_proj.weight"] = matrix(out * head_dim, hidden, std)
             if qkv_bias:
                 tensors[f"{name}.self_attn.{part}_proj.bias"] = vector(out * head_dim, 0.0, 0.5)
-        tensors[f"{name}.self_attn.o_proj.weight"] = matrix(hidden, heads * head_dim, 2.0)
+        tensors[f"{name}.self_attn.o_proj.weight"] = matrix(hidden, heads * head_dim, 3.0)
         tensors[f"{name}.mlp.gate_proj.weight"] = matrix(intermediate, hidden, 1.5)
         tensors[f"{name}.mlp.up_proj.weight"] = matrix(intermediate, hidden, 1.5)
         tensors[f"{name}.mlp.down_proj.weight"] = matrix(hidden, intermediate, 1.5)
