@@ -8,6 +8,7 @@ The worker delivers the notices of one decision before it submits that decision'
 extent is given away only after the hub was told that its old content is gone.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -52,6 +53,17 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Do it up to this often (decode rows only): each iteration advances every row by one token
     and feeds it the token just drawn. Stops after the first iteration known to have finished a row
     or after an Interrupt; iterations already launched count, and finished rows in them are void."""
+
+
+def finishes(plan: StepPlan, iteration: int, tokens: Sequence[int]) -> bool:
+    """Whether a row drew one of its stop ids in this iteration: a repeat ends here.
+
+    tokens[j] is what row j drew (-1: nothing).
+    """
+    return any(
+        iteration >= row.min_remaining and token in row.stop_ids
+        for row, token in zip(plan.rows, tokens, strict=True)
+    )
 
 
 class _Action(msgspec.Struct, frozen=True, kw_only=True, tag=True):

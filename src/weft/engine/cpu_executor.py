@@ -23,6 +23,7 @@ from weft.core.actions import (
     StepPlan,
     UnitAction,
     UnmapKv,
+    finishes,
 )
 from weft.core.events import CopyDone, Done, Failed, StepDone, UnitEvent
 from weft.core.ids import ModelName
@@ -45,7 +46,7 @@ from weft.engine.copies import (
     page_fragments,
     range_pieces,
 )
-from weft.engine.runner import BoundModel, LogitsTap, Runner, bind_model, finishes
+from weft.engine.runner import BoundModel, LogitsTap, Runner, bind_model
 from weft.memory.arena_cpu import CpuArena
 from weft.memory.base import UNMAPPED, ArenaError, mapping_difference
 from weft.memory.host_store import HostStore

@@ -101,17 +101,6 @@ def bind_model(
         raise
 
 
-def finishes(plan: StepPlan, iteration: int, tokens: Sequence[int]) -> bool:
-    """Whether a row of the plan has drawn one of its stop ids in this iteration: the repeat ends.
-
-    tokens[j] belongs to row j.
-    """
-    return any(
-        iteration >= row.min_remaining and token in row.stop_ids
-        for row, token in zip(plan.rows, tokens, strict=True)
-    )
-
-
 def check_plan(plan: StepPlan, model: BoundModel, unit: UnitSpec) -> None:
     """Refuse a plan that would read or write where it must not. Raises ValueError."""
     rows = plan.rows
