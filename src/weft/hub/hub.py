@@ -6,6 +6,7 @@ journal; here is only the way to each client (a stream) and to each unit (the la
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -41,6 +42,8 @@ from weft.transport.messages import (
     UnitNotices,
     WorkerMessage,
 )
+
+log = logging.getLogger("weft.hub")
 
 HEALTH_WINDOW_S = 30.0
 MAX_TOKENS_A_FRAME = 4_000_000
@@ -257,6 +260,8 @@ class PoolHub:
     def unit_lost(self, unit: int, incarnation: int, cause: str) -> None:
         """Its process is gone, and everything it said went through `unit_messages`."""
         self._handle([ev.UnitLost(unit=unit, incarnation=incarnation, cause=cause)])
+        if self._scheduler.units[unit].down:
+            log.error("unit%d is down, it will be tried again: %s", unit, cause)
 
     def drain(self) -> None:
         """Refuse new requests; `drained` returns when none is left."""

@@ -31,6 +31,10 @@ CHUNK_BYTES = 1 << 30
 """As `UnitSpec.host_chunk_bytes`: copies may not cross separately registered chunks."""
 
 
+class BuildStopped(Exception):
+    """Raised by a `progress` callback to end a build; `build` lets it through."""
+
+
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model with a place for its image."""
 
@@ -140,6 +144,8 @@ def build(
             view = host.view(image.offset, image.num_bytes)
             build_image(checkpoint, model.arch, view, progress, threads)
         return None
+    except BuildStopped:
+        raise
     except (WeftError, OSError) as error:
         reason = str(error)
     except Exception as error:
