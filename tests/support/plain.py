@@ -18,7 +18,7 @@ from weft.core.ids import RequestId, SlotId
 from weft.core.model import Architecture
 from weft.core.request import Sampling
 from weft.engine.sampler import SamplingBatch, sample
-from weft.models.decoder import Decoder, torch_dtype
+from weft.models.decoder import Decoder
 from weft.models.hf_config import read_model_config
 from weft.models.image import build_image, image_layout
 from weft.models.safetensors_file import open_checkpoint
