@@ -1,0 +1,1 @@
+"""Step time, copy time, memory: prediction. Pure."""

@@ -1,0 +1,1 @@
+"""Decides memory: granules, KV pages, host extents, slots, and what must follow what. Pure."""

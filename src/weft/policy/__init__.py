@@ -1,0 +1,1 @@
+"""One folder a decision, one file an answer; `presets` combines them. Pure."""

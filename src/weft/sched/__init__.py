@@ -1,0 +1,1 @@
+"""The unit's scheduler: batches, turns, residency, step credits. Events in, actions out."""

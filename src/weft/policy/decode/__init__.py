@@ -1,0 +1,1 @@
+"""Decision: which model has the turn, and for how long."""

@@ -1,0 +1,1 @@
+"""Decision: who leaves the device when somebody else must come in."""

@@ -1,0 +1,231 @@
+"""What the scheduler knows: requests, models, actions in flight, and the ledger.
+
+The parts of the scheduler (steps, moves, turns) share one Book and change nothing else.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from weft.core.actions import (
+    CopyKv,
+    Drop,
+    Emit,
+    KvGone,
+    Load,
+    MapKv,
+    Run,
+    UnitAction,
+    UnitNotice,
+    UnmapKv,
+)
+from weft.core.ids import ActionId, ModelName, PageId, RequestId, SlotId
+from weft.core.model import ModelSpec
+from weft.core.request import FinishReason, ParkedKv, Request
+from weft.core.unit import UnitSpec
+from weft.ledger.hazards import Resource
+from weft.ledger.ledger import Ledger, ModelMemory
+
+Phase = Literal["queued", "running", "parking", "parked", "resuming", "finished"]
+Leaving = Literal["kv", "all"]
+
+
+@dataclass(eq=False, slots=True)
+class RequestState:
+    """A request in this unit.
+
+    `computed` <= `planned` <= `length`: positions whose KV is known to be there, positions named
+    in steps planned so far, and tokens known or being drawn. Positions advance when planned, text
+    when done.
+    """
+
+    request: Request
+    emitted: list[int]
+    stop_ids: tuple[int, ...]
+    phase: Phase = "queued"
+    slot: SlotId | None = None
+    pages: list[PageId] = field(default_factory=list)
+    pages_sent: int = 0
+    """Entries of the slot's page table that the executor has been given."""
+    planned: int = 0
+    computed: int = 0
+    draws_in_flight: int = 0
+    runs_in_flight: int = 0
+    copying: bool = False
+    last_on_device: bool = False
+    """The slot holds the token drawn last, so a decode row needs no input."""
+    dirty: bool = False
+    """A run failed: go back to `computed` once nothing is in flight."""
+    parked: ParkedKv | None = None
+    began: bool = False
+    fails: int = 0
+    park_fails: int = 0
+    resume_fails: int = 0
+
+    @property
+    def id(self) -> RequestId:
+        return self.request.id
+
+    @property
+    def known(self) -> int:
+        """Tokens whose ids are known here."""
+        return len(self.request.prompt) + len(self.emitted)
+
+    @property
+    def length(self) -> int:
+        return self.known + self.draws_in_flight
+
+    @property
+    def draws_left(self) -> int:
+        """Tokens that may still be planned."""
+        return self.request.max_tokens - len(self.emitted) - self.draws_in_flight
+
+    @property
+    def idle(self) -> bool:
+        return not self.runs_in_flight and not self.copying
+
+    def ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """Known token ids at positions start..stop-1."""
+        prompt = self.request.prompt
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        head = prompt[start:] if start < len(prompt) else ()
+        offset = len(prompt)
+        return head + tuple(self.emitted[max(start - offset, 0) : stop - offset])
+
+
+@dataclass(eq=False, slots=True)
+class ModelEntry:
+    """A model assigned to this unit."""
+
+    spec: ModelSpec
+    members: dict[RequestId, RequestState] = field(default_factory=dict)
+    """Unfinished requests, in order of submission."""
+    leaving: Leaving | None = None
+    """Being moved out: KV parked ("kv"), or weights dropped as well ("all")."""
+    last_turn_end_ns: int = -1
+    last_used_ns: int = -1
+    load_fails: int = 0
+    map_fails: int = 0
+    failed: str | None = None
+    unassigned: bool = False
+    switches_in: int = 0
+    switches_out: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class StepInFlight:
+    """A Run and whom it serves, row by row."""
+
+    run: Run
+    states: list[RequestState]
+    seen: int = 0
+    """Iterations reported so far."""
+    interrupted: bool = False
+
+
+class Book:
+    """Shared state and the primitive changes that keep it consistent."""
+
+    def __init__(self, unit: UnitSpec) -> None:
+        self.unit = unit
+        self.ledger = Ledger(unit)
+        self.models: dict[ModelName, ModelEntry] = {}
+        self.requests: dict[RequestId, RequestState] = {}
+        """Everything that holds anything: unfinished requests and finished ones not yet idle."""
+        self.steps: dict[ActionId, StepInFlight] = {}
+        self.moves: dict[ActionId, Load | Drop | MapKv | UnmapKv | CopyKv] = {}
+        self.interrupts: set[ActionId] = set()
+        self.actions: list[UnitAction] = []
+        self.notices: list[UnitNotice] = []
+        self.now_ns = 0
+        self.draining = False
+        self.actions_done = 0
+        self.bytes_copied = 0
+        self._next_id = 1
+
+    def new_id(self) -> ActionId:
+        self._next_id += 1
+        return ActionId(self._next_id - 1)
+
+    def memory(self, name: ModelName) -> ModelMemory:
+        return self.ledger.models[name]
+
+    def after(
+        self,
+        action: ActionId,
+        *,
+        reads: list[Resource] | None = None,
+        writes: list[Resource] | None = None,
+        except_for: ActionId | None = None,
+    ) -> tuple[ActionId, ...]:
+        return self.ledger.hazards.plan(
+            action, reads=reads or (), writes=writes or (), except_for=except_for
+        )
+
+    def pending_maps(self, name: ModelName, pages: list[PageId]) -> list[Resource]:
+        """Reads that make an action follow the maps under `pages` still in flight."""
+        return [("kg", name, v) for v in self.memory(name).kv.maps_over(pages)]
+
+    # -- ends of requests -----------------------------------------------------------------------
+
+    def finish(
+        self,
+        state: RequestState,
+        reason: FinishReason,
+        *,
+        tokens: tuple[int, ...] = (),
+        error: str | None = None,
+    ) -> None:
+        """Tell the client now; memory follows when the request is idle (`reap`)."""
+        assert state.phase != "finished"
+        state.phase = "finished"
+        del self.models[state.request.model].members[state.id]
+        self.notices.append(Emit(request=state.id, tokens=tokens, finish=reason, error=error))
+
+    def forget_parked(self, state: RequestState) -> None:
+        """The host copy is no longer wanted and nothing uses it."""
+        if state.parked is not None:
+            self.ledger.extents.give(state.parked.extents)
+            state.parked = None
+            self.notices.append(KvGone(request=state.id))
+
+    def release_device(self, state: RequestState) -> None:
+        """Pages and slot go back; legal when no action names them."""
+        assert state.idle, "pages are in use"
+        if state.pages:
+            self.memory(state.request.model).kv.give(state.pages)
+            state.pages = []
+        if state.slot is not None:
+            self.ledger.give_slot(state.slot)
+            state.slot = None
+        state.pages_sent = 0
+        state.last_on_device = False
+        state.dirty = False
+
+    def requeue(self, state: RequestState) -> None:
+        """Forget all KV: it will be computed again from the known tokens."""
+        self.release_device(state)
+        self.forget_parked(state)
+        state.planned = state.computed = 0
+        state.phase = "queued"
+
+    def reap(self) -> None:
+        """Release finished requests that became idle; rewind failed ones."""
+        for state in [s for s in self.requests.values() if s.phase == "finished" and s.idle]:
+            self.release_device(state)
+            self.forget_parked(state)
+            del self.requests[state.id]
+
+    def rewind(self, state: RequestState) -> None:
+        """After a failed run, once idle: continue from what is known to be computed."""
+        if state.dirty and state.runs_in_flight == 0:
+            assert state.draws_in_flight == 0
+            state.planned = state.computed
+            state.last_on_device = False
+            state.pages_sent = 0
+            state.dirty = False
+
+    def busy_models(self) -> list[ModelEntry]:
+        return [entry for entry in self.models.values() if entry.members]

@@ -1,0 +1,450 @@
+"""Moves: weights in and out, KV mapped, parked and resumed, so that the right models can run.
+
+Memory is asked for in order of urgency (`make_room`): free granules, granules coming back, empty
+KV granules, victims of the residency policy, and last the KV of models whose weights stay.
+"""
+
+from collections.abc import Collection
+
+from weft.core.actions import CopyKv, Drop, KvParked, Load, MapKv, UnmapKv
+from weft.core.errors import MODEL_FAILED
+from weft.core.events import Failed
+from weft.core.ids import ActionId, ModelName
+from weft.core.request import ParkedKv
+from weft.policy.prefill.base import Waiting
+from weft.policy.presets import Preset
+from weft.policy.residency.base import ResidentView
+from weft.sched.book import Book, Leaving, ModelEntry, RequestState
+
+MAX_LOAD_FAILS = 3
+MAX_COPY_FAILS = 2
+"""After this many failed parks or resumes of a request its KV is computed again instead."""
+
+
+class Mover:
+    """Plans Load, Drop, MapKv, UnmapKv and CopyKv, and applies their ends."""
+
+    def __init__(self, book: Book, preset: Preset) -> None:
+        self._book = book
+        self._preset = preset
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    def coming_granules(self) -> int:
+        """Granules that will be free without a further decision."""
+        total = 0
+        for name, entry in self._book.models.items():
+            memory = self._book.memory(name)
+            total += len(memory.kv.granules) if entry.leaving else len(memory.kv.unmapping)
+            if memory.state == "dropping" or entry.leaving == "all":
+                total += len(memory.weights)
+        return total
+
+    def make_room(self, granules: int, keep: Collection[ModelName]) -> bool:
+        """True if `granules` are free now; else set in motion what makes them so, sparing `keep`
+        (whose unused KV granules may still be taken)."""
+        ledger = self._book.ledger
+        if ledger.free_granules >= granules:
+            return True
+        missing = granules - ledger.free_granules - self.coming_granules()
+        for name, entry in self._book.models.items():
+            if missing <= 0:
+                return False
+            if not entry.leaving:
+                empty = self._book.memory(name).kv.empty_granules()[:missing]
+                if empty:
+                    self._unmap(name, empty)
+                    missing -= len(empty)
+        for leaving, victims in (("all", self._victims(keep)), ("kv", self._kv_victims(keep))):
+            for name in victims:
+                if missing <= 0:
+                    return False
+                missing -= self._send_away(name, "all" if leaving == "all" else "kv")
+        return False
+
+    def _victims(self, keep: Collection[ModelName]) -> list[ModelName]:
+        if not self._preset.residency.evicts:
+            return []
+        views = [
+            ResidentView(
+                model=name,
+                pinned=entry.spec.pinned,
+                has_work=bool(entry.members),
+                last_used_ns=entry.last_used_ns,
+                granules=self._book.memory(name).held_granules,
+            )
+            for name, entry in self._book.models.items()
+            if name not in keep and not entry.leaving and self._book.memory(name).held_granules
+        ]
+        return self._preset.residency.victims(views, self._book.now_ns)
+
+    def _kv_victims(self, keep: Collection[ModelName]) -> list[ModelName]:
+        """Models whose weights stay but whose KV can be parked, least recently used first."""
+        entries = [
+            entry
+            for name, entry in self._book.models.items()
+            if name not in keep and not entry.leaving and self._book.memory(name).kv.granules
+        ]
+        entries.sort(key=lambda e: (bool(e.members), e.last_used_ns, e.spec.name))
+        return [entry.spec.name for entry in entries]
+
+    def _send_away(self, name: ModelName, leaving: Leaving) -> int:
+        entry, memory = self._book.models[name], self._book.memory(name)
+        entry.leaving = leaving
+        freed = len(memory.kv.granules) - len(memory.kv.unmapping)
+        return freed + (len(memory.weights) if leaving == "all" else 0)
+
+    # -- going out ------------------------------------------------------------------------------
+
+    def continue_leaving(self) -> None:
+        """For models being moved out: drop weights, park requests, unmap what became empty."""
+        for name, entry in self._book.models.items():
+            if entry.unassigned and not entry.members and not entry.leaving:
+                entry.leaving = "all"
+            if not entry.leaving:
+                continue
+            memory = self._book.memory(name)
+            if entry.leaving == "all" and memory.state == "resident":
+                self._drop(name)
+            for state in list(entry.members.values()):
+                if state.phase == "running" and state.idle:
+                    self.park(entry, state)
+            empty = memory.kv.empty_granules()
+            if empty:
+                self._unmap(name, empty)
+            gone = memory.state == "absent" or entry.leaving == "kv"
+            if gone and not memory.kv.granules:
+                entry.leaving = None
+
+    def park(self, entry: ModelEntry, state: RequestState) -> None:
+        """Copy the KV to the host store; where that cannot be, forget it and compute it again."""
+        self._book.rewind(state)
+        memory = self._book.memory(entry.spec.name)
+        pages = state.pages[: memory.pages_for(state.computed)]
+        extents = None
+        if pages and state.park_fails < MAX_COPY_FAILS:
+            extents = self._book.ledger.extents.take(len(pages) * entry.spec.page_bytes)
+        if extents is None:
+            self._book.requeue(state)
+            return
+        action = self._book.new_id()
+        after = self._book.after(action, reads=[("kv", state.id)], writes=[("x", state.id)])
+        state.parked = ParkedKv(extents=extents, tokens=state.computed)
+        state.phase, state.copying = "parking", True
+        self._submit(
+            CopyKv(
+                id=action,
+                after=after,
+                model=entry.spec.name,
+                request=state.id,
+                pages=tuple(pages),
+                extents=extents,
+                tokens=state.computed,
+                to="host",
+            )
+        )
+
+    def _drop(self, name: ModelName) -> None:
+        action = self._book.new_id()
+        after = self._book.after(action, writes=[("w", name)])
+        granules = self._book.ledger.begin_drop(name)
+        self._submit(Drop(id=action, after=after, model=name, granules=granules))
+
+    def _unmap(self, name: ModelName, at: list[int]) -> None:
+        action = self._book.new_id()
+        after = self._book.after(action, writes=[("kg", name, v) for v in at])
+        granules = self._book.ledger.begin_unmap(name, at)
+        self._submit(
+            UnmapKv(id=action, after=after, model=name, at=tuple(at), granules=tuple(granules))
+        )
+
+    def _submit(self, action: Load | Drop | MapKv | UnmapKv | CopyKv) -> None:
+        self._book.moves[action.id] = action
+        self._book.actions.append(action)
+
+    # -- coming in ------------------------------------------------------------------------------
+
+    def bring_in(self, entry: ModelEntry, keep: Collection[ModelName]) -> None:
+        """Weights of this model onto the device, room for its first request beside them."""
+        memory = self._book.memory(entry.spec.name)
+        if memory.state != "absent" or entry.failed is not None or entry.unassigned:
+            return
+        first = min(
+            (memory.kv_granules_for(s.known + 1) for s in entry.members.values()), default=0
+        )
+        room = memory.weight_granules + max(first - len(memory.kv.granules), 0)
+        if self.make_room(room, keep):
+            self.load(entry)
+
+    def load(self, entry: ModelEntry) -> None:
+        name = entry.spec.name
+        action = self._book.new_id()
+        granules = self._book.ledger.begin_load(name, action)
+        assert granules is not None, "the caller made room"
+        after = self._book.after(action, writes=[("w", name)])
+        entry.leaving = None
+        entry.last_used_ns = self._book.now_ns
+        self._submit(Load(id=action, after=after, model=name, granules=granules))
+
+    def preload(self) -> None:
+        """Pinned and preloaded models come in while there is room."""
+        for entry in self._book.models.values():
+            memory = self._book.memory(entry.spec.name)
+            wanted = entry.spec.pinned or self._preset.residency.preload
+            wanted = wanted and memory.state == "absent" and not entry.failed
+            fits = memory.weight_granules <= self._book.ledger.free_granules
+            if wanted and fits and not entry.unassigned:
+                self.load(entry)
+
+    def admit(self, entry: ModelEntry, keep: Collection[ModelName], *, urgent: bool) -> None:
+        """Give waiting requests device memory, in the policy's order, until one does not fit.
+
+        `urgent`: this model has the turn, so others may be sent away for it.
+        """
+        waiting = [
+            Waiting(
+                request=s.id,
+                arrival_ns=s.request.arrival_ns,
+                priority=s.request.priority,
+                parked=s.phase == "parked",
+                tokens=s.known,
+            )
+            for s in entry.members.values()
+            if s.phase in ("queued", "parked")
+        ]
+        if not waiting or entry.leaving:
+            return
+        running = sum(s.phase in ("running", "resuming") for s in entry.members.values())
+        for request in self._preset.prefill.order(waiting, self._book.now_ns):
+            if running >= self._book.unit.max_rows or not self._book.ledger.free_slots:
+                return
+            state = self._book.requests[request]
+            if not self._admit_one(entry, state, running, keep, urgent=urgent):
+                return
+            running += 1
+
+    def _admit_one(
+        self,
+        entry: ModelEntry,
+        state: RequestState,
+        running: int,
+        keep: Collection[ModelName],
+        *,
+        urgent: bool,
+    ) -> bool:
+        name, memory = entry.spec.name, self._book.memory(entry.spec.name)
+        pages = memory.pages_for(state.known + 1)
+        if state.parked is not None:
+            pages = max(pages, memory.pages_for(state.parked.tokens))
+        # Whoever runs must be able to grow by a page, or the newcomer would be parked at once.
+        if not self._reserve(entry, pages + running, keep, may_evict=urgent or not running):
+            return False
+        state.pages = memory.kv.take(pages)
+        state.slot = self._book.ledger.take_slot()
+        if state.parked is None:
+            state.phase = "running"
+            return True
+        count = memory.pages_for(state.parked.tokens)
+        action = self._book.new_id()
+        reads = self._book.pending_maps(name, state.pages)
+        reads.append(("x", state.id))
+        after = self._book.after(action, reads=reads, writes=[("kv", state.id)])
+        state.phase, state.copying = "resuming", True
+        self._submit(
+            CopyKv(
+                id=action,
+                after=after,
+                model=name,
+                request=state.id,
+                pages=tuple(state.pages[:count]),
+                extents=state.parked.extents,
+                tokens=state.parked.tokens,
+                to="device",
+            )
+        )
+        return True
+
+    def _reserve(
+        self, entry: ModelEntry, pages: int, keep: Collection[ModelName], *, may_evict: bool
+    ) -> bool:
+        """Make `pages` pages takeable, mapping granules if need be."""
+        name, ledger = entry.spec.name, self._book.ledger
+        at = ledger.plan_growth(name, pages)
+        if at is None and may_evict:
+            granules = ledger.growth_granules(name, pages)
+            if granules is not None and self.make_room(granules, keep):
+                at = ledger.plan_growth(name, pages)
+        if at is None:
+            return False
+        if at:
+            action = self._book.new_id()
+            granules_taken = ledger.begin_map(name, at, action)
+            after = self._book.after(action, writes=[("kg", name, v) for v in at])
+            self._submit(
+                MapKv(
+                    id=action, after=after, model=name, at=tuple(at), granules=tuple(granules_taken)
+                )
+            )
+        return True
+
+    # -- growing while decoding -----------------------------------------------------------------
+
+    def room_to_extend(self, entry: ModelEntry, states: list[RequestState], tokens: int) -> bool:
+        """Whether all could grow by `tokens` positions from pages that are free already."""
+        memory = self._book.memory(entry.spec.name)
+        missing = sum(max(memory.pages_for(s.planned + tokens) - len(s.pages), 0) for s in states)
+        return missing <= memory.kv.num_free
+
+    def extend(self, entry: ModelEntry, state: RequestState, positions: int) -> bool:
+        """Pages for positions 0..positions-1. If there is no room, something is set in motion
+        that will make it, and the row waits."""
+        memory = self._book.memory(entry.spec.name)
+        missing = memory.pages_for(positions) - len(state.pages)
+        if missing <= 0:
+            return True
+        keep = {entry.spec.name}
+        if self._reserve(entry, missing, keep, may_evict=True):
+            state.pages += memory.kv.take(missing)
+            return True
+        if not self.coming_granules():
+            self._shed(entry, state)
+        return False
+
+    def _shed(self, entry: ModelEntry, needy: RequestState) -> None:
+        """Nothing more can come from other models: park the youngest of this one's requests. A
+        request alone that cannot grow is computed anew, in a KV range without holes."""
+        holders = [s for s in entry.members.values() if s.pages]
+        if any(s.copying for s in holders):
+            return
+        youngest = max(holders, key=lambda s: (s.request.priority, s.request.arrival_ns, s.id))
+        if not youngest.idle:
+            return
+        if len(holders) == 1:
+            self._book.requeue(needy)
+        else:
+            self.park(entry, youngest)
+
+    # -- ends -----------------------------------------------------------------------------------
+
+    def done(self, action_id: ActionId, num_bytes: int) -> None:
+        """A move took effect."""
+        book = self._book
+        action = book.moves.pop(action_id)
+        book.bytes_copied += num_bytes
+        match action:
+            case Load(model=name):
+                book.ledger.end_load(name)
+                book.models[name].switches_in += 1
+                book.models[name].load_fails = 0
+            case Drop(model=name):
+                book.ledger.end_drop(name)
+                book.models[name].switches_out += 1
+            case MapKv(model=name, at=at):
+                book.ledger.end_map(name, at)
+                book.models[name].map_fails = 0
+            case UnmapKv(model=name, at=at):
+                book.ledger.end_unmap(name, at)
+            case CopyKv(to="host"):
+                self._parked(action)
+            case CopyKv():
+                self._resumed(action)
+
+    def _parked(self, action: CopyKv) -> None:
+        state = self._book.requests[action.request]
+        state.copying = False
+        if state.phase == "finished":
+            return
+        assert state.parked is not None
+        self._book.release_device(state)
+        state.phase, state.planned = "parked", state.computed
+        state.park_fails = 0
+        self._book.notices.append(KvParked(request=state.id, kv=state.parked))
+
+    def _resumed(self, action: CopyKv) -> None:
+        state = self._book.requests[action.request]
+        state.copying = False
+        if state.phase == "finished":
+            return
+        # At least the last known token is computed again: its row draws the next one.
+        state.computed = state.planned = min(action.tokens, state.known - 1)
+        state.phase, state.resume_fails = "running", 0
+        self._book.forget_parked(state)
+
+    def failed(self, event: Failed) -> None:
+        """A move had no effect: the ledger rolls back, and the next decision tries again."""
+        book = self._book
+        action = book.moves.pop(event.action)
+        match action:
+            case Load(model=name):
+                book.ledger.fail_load(name)
+                self._load_failed(book.models[name], event)
+            case Drop(model=name):
+                book.ledger.fail_drop(name)
+            case MapKv(model=name, at=at):
+                self._map_failed(book.models[name], at, event)
+            case UnmapKv(model=name, at=at):
+                book.ledger.fail_unmap(name, at)
+            case CopyKv(to="host"):
+                self._park_failed(action)
+            case CopyKv():
+                self._resume_failed(action)
+
+    def _load_failed(self, entry: ModelEntry, event: Failed) -> None:
+        entry.load_fails += 1
+        if entry.load_fails >= MAX_LOAD_FAILS or not event.retryable:
+            entry.failed = event.cause
+            self.fail_model(entry)
+
+    def fail_model(self, entry: ModelEntry) -> None:
+        """End all its requests. Later ones are refused until the model is assigned again."""
+        error = f"{MODEL_FAILED}: the model cannot be loaded: {entry.failed}"
+        for state in list(entry.members.values()):
+            self._book.finish(state, "error", error=error)
+
+    def _map_failed(self, entry: ModelEntry, at: tuple[int, ...], event: Failed) -> None:
+        """Requests with pages over it lose their KV. Their actions in flight follow the map, so
+        they have failed or will; the pages go back when those have ended (see settle_maps)."""
+        entry.map_fails += 1
+        if entry.map_fails >= MAX_LOAD_FAILS * 10:
+            entry.failed = f"no memory can be mapped: {event.cause}"
+            self.fail_model(entry)
+        self._book.ledger.break_map(entry.spec.name, at)
+
+    def settle_maps(self) -> None:
+        """Give up pages over failed maps once nobody in flight names them."""
+        book = self._book
+        for name, memory in book.ledger.models.items():
+            if not memory.kv.broken:
+                continue
+            lost = book.ledger.lost_pages(name)
+            for state in list(book.requests.values()):
+                if state.request.model != name or not state.idle:
+                    continue
+                if lost.isdisjoint(state.pages):
+                    continue
+                if state.phase == "finished":
+                    book.release_device(state)
+                else:
+                    book.requeue(state)
+            book.ledger.settle_broken(name)
+
+    def _park_failed(self, action: CopyKv) -> None:
+        state = self._book.requests[action.request]
+        state.copying = False
+        assert state.parked is not None
+        self._book.ledger.extents.give(state.parked.extents)
+        state.parked = None
+        if state.phase != "finished":
+            state.phase = "running"
+            state.park_fails += 1
+
+    def _resume_failed(self, action: CopyKv) -> None:
+        state = self._book.requests[action.request]
+        state.copying = False
+        if state.phase == "finished":
+            return
+        self._book.release_device(state)
+        state.phase = "parked"
+        state.resume_fails += 1
+        if state.resume_fails >= MAX_COPY_FAILS:
+            self._book.requeue(state)

@@ -1,0 +1,427 @@
+"""The unit's scheduler: told what happened, answers with what to do. No clock, thread or I/O.
+
+One decision runs in a fixed order: apply events, release what is idle, pass the turn, move memory
+(current model first, then the next one), fill the lane. It repeats while one part's answer gives
+another part something to do.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+from weft.core.actions import Emit, KvGone, Status, UnitAction, UnitNotice, WakeAt
+from weft.core.errors import CONTEXT_LENGTH, DRAINING, HOLD_DEADLINE, MODEL_FAILED, MODEL_NOT_FOUND
+from weft.core.events import (
+    Assign,
+    Cancel,
+    CopyDone,
+    Done,
+    Drain,
+    Failed,
+    Pin,
+    ReportStatus,
+    StepDone,
+    Submit,
+    Unassign,
+    UnitEvent,
+    Woke,
+)
+from weft.core.ids import ActionId, ModelName, RequestId
+from weft.core.model import ModelSpec
+from weft.core.unit import ModelStatus, UnitSpec, UnitStatus
+from weft.policy.presets import Preset
+from weft.sched.book import Book, ModelEntry, RequestState
+from weft.sched.moves import Mover
+from weft.sched.steps import Stepper
+from weft.sched.turns import Turns
+
+MAX_ROUNDS = 8
+"""Rounds of one decision; each makes progress, so this is a guard, not a limit that is met."""
+
+
+class UnitScheduler:
+    """Decides for one unit. `handle` must be called with non-decreasing times."""
+
+    def __init__(self, unit: UnitSpec, preset: Preset) -> None:
+        self._book = Book(unit)
+        self._preset = preset
+        self._mover = Mover(self._book, preset)
+        self._stepper = Stepper(self._book, self._mover)
+        self._turns = Turns(self._book, preset)
+        self._deadlines: list[tuple[int, RequestId]] = []
+        self._woken_for: int | None = None
+
+    def handle(self, events: Sequence[UnitEvent], now_ns: int) -> list[UnitAction | UnitNotice]:
+        """Apply all events of this instant, then decide once.
+
+        Notices come first in the answer: they must be delivered before the actions start.
+        """
+        book = self._book
+        assert now_ns >= book.now_ns, "time went backwards"
+        book.now_ns = now_ns
+        report = False
+        for event in events:
+            report |= isinstance(event, ReportStatus)
+            self._apply(event)
+        self._decide()
+        self._wake()
+        if report:
+            book.notices.append(Status(status=self.status()))
+        out: list[UnitAction | UnitNotice] = [*book.notices, *book.actions]
+        book.notices, book.actions = [], []
+        return out
+
+    # -- events ---------------------------------------------------------------------------------
+
+    def _apply(self, event: UnitEvent) -> None:
+        match event:
+            case StepDone():
+                self._stepper.done(event)
+                if event.last:
+                    self._ended(event.action)
+            case CopyDone(action=action, num_bytes=num_bytes):
+                self._mover.done(action, num_bytes)
+                self._ended(action)
+            case Done(action=action):
+                self._done(action)
+            case Failed():
+                self._failed(event)
+            case Submit():
+                self._submit(event)
+            case Cancel(request=request):
+                state = self._book.requests.get(request)
+                if state is not None and state.phase != "finished":
+                    self._book.finish(state, "cancelled")
+            case Assign(model=model):
+                self._assign(model)
+            case Unassign(model=name):
+                if name in self._book.models:
+                    self._book.models[name].unassigned = True
+            case Pin(model=name, pinned=pinned):
+                if name in self._book.models:
+                    self._pin(name, pinned)
+            case Drain():
+                self._book.draining = True
+            case Woke():
+                self._woken_for = None
+            case ReportStatus():
+                pass
+
+    def _ended(self, action: ActionId) -> None:
+        self._book.ledger.hazards.done(action)
+        self._book.actions_done += 1
+
+    def _done(self, action: ActionId) -> None:
+        if action in self._book.interrupts:
+            self._book.interrupts.remove(action)
+            self._book.actions_done += 1
+            return
+        self._mover.done(action, 0)
+        self._ended(action)
+
+    def _failed(self, event: Failed) -> None:
+        if event.action in self._book.interrupts:
+            self._book.interrupts.remove(event.action)
+            return
+        if event.action in self._book.steps:
+            self._stepper.failed(event)
+        else:
+            self._mover.failed(event)
+        self._book.ledger.hazards.done(event.action)
+
+    # -- models ---------------------------------------------------------------------------------
+
+    def _assign(self, spec: ModelSpec) -> None:
+        book = self._book
+        entry = book.models.get(spec.name)
+        if entry is None:
+            book.ledger.add_model(spec)
+            entry = book.models[spec.name] = ModelEntry(spec)
+        else:
+            old = entry.spec
+            same = (old.weight_bytes, old.page_bytes, old.page_tokens) == (
+                spec.weight_bytes,
+                spec.page_bytes,
+                spec.page_tokens,
+            )
+            assert same, "a model of other sizes needs another name"
+            entry.spec = spec
+            book.ledger.add_model(spec)
+        entry.failed, entry.load_fails, entry.map_fails = None, 0, 0
+        entry.unassigned = False
+        problem = self._cannot_hold(spec)
+        if problem is not None:
+            entry.failed = problem
+
+    def _cannot_hold(self, spec: ModelSpec) -> str | None:
+        """Why this model can never run here, or None."""
+        unit = self._book.unit
+        others = sum(
+            self._book.memory(name).weight_granules
+            for name, entry in self._book.models.items()
+            if name != spec.name and not entry.failed and self._stays(entry)
+        )
+        memory = self._book.memory(spec.name)
+        need = memory.weight_granules + memory.kv_granules_for(1)
+        if need + others <= unit.num_granules:
+            return None
+        mib = unit.granule_bytes / (1 << 20)
+        beside = f" beside {others * mib:.0f} MiB of models that stay" if others else ""
+        return (
+            f"it needs {need * mib:.0f} MiB, the device has {unit.num_granules * mib:.0f} MiB"
+            f"{beside}; raise engine.device_memory or pin fewer models"
+        )
+
+    def _stays(self, entry: ModelEntry) -> bool:
+        return entry.spec.pinned or not self._preset.residency.evicts
+
+    def _pin(self, name: ModelName, pinned: bool) -> None:
+        entry = self._book.models[name]
+        spec = entry.spec
+        values = {field: getattr(spec, field) for field in spec.__struct_fields__}
+        entry.spec = ModelSpec(**{**values, "pinned": pinned})
+        self._book.ledger.add_model(entry.spec)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def _submit(self, event: Submit) -> None:
+        request = event.request
+        error = self._refusal(event)
+        if error is not None:
+            if event.resume is not None:
+                self._book.notices.append(KvGone(request=request.id))
+            self._book.notices.append(
+                Emit(request=request.id, tokens=(), finish="error", error=error)
+            )
+            return
+        entry = self._book.models[request.model]
+        eos = () if request.ignore_eos else entry.spec.eos_ids
+        state = RequestState(request, list(event.emitted), tuple({*eos, *request.stop_ids}))
+        self._book.requests[request.id] = state
+        entry.members[request.id] = state
+        if event.emitted:
+            state.began = True
+        if len(state.emitted) >= request.max_tokens:
+            # Everything was sent already; only the end got lost with the worker.
+            self._book.finish(state, "length")
+            return
+        if event.resume is not None:
+            if event.resume.tokens and self._book.ledger.extents.reserve(event.resume.extents):
+                state.parked, state.phase = event.resume, "parked"
+                state.computed = state.planned = min(event.resume.tokens, state.known - 1)
+                state.began = True
+            else:
+                self._book.notices.append(KvGone(request=request.id))
+        if request.hold_deadline_ns is not None and not state.began:
+            heapq.heappush(self._deadlines, (request.hold_deadline_ns, request.id))
+
+    def _refusal(self, event: Submit) -> str | None:
+        request = event.request
+        entry = self._book.models.get(request.model)
+        assert request.id not in self._book.requests, "a request id came twice"
+        if entry is None or entry.unassigned:
+            return f"{MODEL_NOT_FOUND}: the model {request.model!r} is not served here"
+        if entry.failed is not None:
+            return f"{MODEL_FAILED}: {entry.failed}"
+        if self._book.draining:
+            return f"{DRAINING}: the server is shutting down; try again"
+        total = len(request.prompt) + request.max_tokens
+        limit = entry.spec.max_context_tokens
+        if total > limit or not request.prompt:
+            return (
+                f"{CONTEXT_LENGTH}: {len(request.prompt)} prompt tokens and {request.max_tokens} "
+                f"output tokens; the model's context is {limit}"
+            )
+        memory = self._book.memory(request.model)
+        others = sum(
+            self._book.memory(name).weight_granules
+            for name, other in self._book.models.items()
+            if name != request.model and not other.failed and self._stays(other)
+        )
+        room = self._book.unit.num_granules - others - memory.weight_granules
+        # One page more than the tokens: whoever is admitted can always grow by one.
+        need = memory.kv_granules_for(total + entry.spec.page_tokens)
+        if need > room:
+            mib = self._book.unit.granule_bytes / (1 << 20)
+            return (
+                f"{CONTEXT_LENGTH}: {total} tokens need {need * mib:.0f} MiB of KV cache, the "
+                f"device has room for {max(room, 0) * mib:.0f} MiB beside this model's weights"
+            )
+        return None
+
+    def _check_deadlines(self) -> None:
+        now = self._book.now_ns
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request = heapq.heappop(self._deadlines)
+            state = self._book.requests.get(request)
+            if state is not None and state.phase != "finished" and not state.began:
+                error = f"{HOLD_DEADLINE}: the request waited too long for its model; try again"
+                self._book.finish(state, "error", error=error)
+
+    # -- the decision ---------------------------------------------------------------------------
+
+    def _decide(self) -> None:
+        self._check_deadlines()
+        for _ in range(MAX_ROUNDS):
+            before = len(self._book.actions) + len(self._book.notices)
+            passed = self._round()
+            if not passed and len(self._book.actions) + len(self._book.notices) == before:
+                break
+        self._forget_unassigned()
+
+    def _round(self) -> bool:
+        book, turns = self._book, self._turns
+        self._mover.settle_maps()
+        book.reap()
+        turns.choose_next()
+        passed = turns.try_pass()
+        self._move()
+        current = self._entry(turns.current)
+        # When time is up and the next model is still on its way, the lane is not left idle; but
+        # then nothing is repeated, so that the turn can pass at once.
+        if current is not None and self._stepper.fill(current, may_repeat=not turns.expired):
+            turns.step_planned()
+        if (turns.over and turns.next is not None) or self._newcomers(current):
+            self._stepper.interrupt()
+        return passed
+
+    def _entry(self, name: ModelName | None) -> ModelEntry | None:
+        return self._book.models.get(name) if name is not None else None
+
+    def _newcomers(self, current: ModelEntry | None) -> bool:
+        """A repeated run is in flight, but its model's batch has changed since."""
+        if current is None or not self._book.steps:
+            return False
+        in_steps = {s.id for step in self._book.steps.values() for s in step.states}
+        return any(request not in in_steps for request in current.members) or any(
+            s.phase == "finished" for step in self._book.steps.values() for s in step.states
+        )
+
+    def _move(self) -> None:
+        """Memory for the model with the turn, then for the next one, then for preloads."""
+        mover, turns = self._mover, self._turns
+        current, upcoming = self._entry(turns.current), self._entry(turns.next)
+        if current is not None and current.members and not (turns.expired and current.leaving):
+            alone = {current.spec.name}
+            if not turns.expired:
+                mover.bring_in(current, alone)
+            mover.admit(current, alone, urgent=not turns.expired)
+        if upcoming is not None:
+            keep = {upcoming.spec.name}
+            if current is not None and not turns.over:
+                keep.add(current.spec.name)
+            mover.bring_in(upcoming, keep)
+            mover.admit(upcoming, keep, urgent=False)
+        mover.continue_leaving()
+        mover.preload()
+
+    def _forget_unassigned(self) -> None:
+        for name, entry in list(self._book.models.items()):
+            if not entry.unassigned or entry.members:
+                continue
+            memory = self._book.memory(name)
+            holds = any(s.request.model == name for s in self._book.requests.values())
+            if memory.state == "absent" and not memory.kv.granules and not holds:
+                del self._book.models[name]
+                self._book.ledger.remove_model(name)
+
+    def _wake(self) -> None:
+        """Ask to be woken when a deadline or the end of a turn is the next thing to happen."""
+        times: list[int] = []
+        if self._deadlines:
+            times.append(self._deadlines[0][0])
+        end = self._turns.end_ns()
+        if end is not None and self._turns.next is not None and end > self._book.now_ns:
+            times.append(end)
+        if times and (self._woken_for is None or min(times) < self._woken_for):
+            self._woken_for = min(times)
+            self._book.notices.append(WakeAt(at_ns=self._woken_for))
+
+    # -- reports --------------------------------------------------------------------------------
+
+    def status(self) -> UnitStatus:
+        book = self._book
+        return UnitStatus(
+            at_ns=book.now_ns,
+            models=tuple(self._model_status(entry) for entry in book.models.values()),
+            free_granules=book.ledger.free_granules,
+            num_granules=book.unit.num_granules,
+            host_used_bytes=book.ledger.extents.num_bytes - book.ledger.extents.free_bytes,
+            host_bytes=book.unit.host_bytes,
+            actions_done=book.actions_done,
+            bytes_copied=book.bytes_copied,
+            waiting=sum(len(entry.members) for entry in book.models.values()),
+        )
+
+    def _model_status(self, entry: ModelEntry) -> ModelStatus:
+        memory = self._book.memory(entry.spec.name)
+        phases = [s.phase for s in entry.members.values()]
+        return ModelStatus(
+            name=entry.spec.name,
+            state="failed" if entry.failed else memory.state,
+            weight_granules=len(memory.weights),
+            kv_granules=len(memory.kv.granules),
+            kv_pages_used=len(memory.kv.live),
+            queued=phases.count("queued"),
+            running=phases.count("running"),
+            parked=sum(p in ("parked", "parking", "resuming") for p in phases),
+            turn=self._turns.current == entry.spec.name,
+            switches_in=entry.switches_in,
+            switches_out=entry.switches_out,
+            prompt_tokens=entry.prompt_tokens,
+            output_tokens=entry.output_tokens,
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Nothing in flight and nobody waiting: both sides of the ledger can be compared."""
+        book = self._book
+        return not book.requests and not book.steps and not book.moves and not book.interrupts
+
+    def mapped(self) -> dict[str, tuple[int, ...]]:
+        """What should lie under each virtual range, for Executor.check_integrity when idle."""
+        return self._book.ledger.mapped()
+
+    def check_integrity(self) -> None:
+        """The ledger's own check, and that requests hold exactly what it says. Raises
+        AssertionError."""
+        check_book(self._book)
+
+
+def check_book(book: Book) -> None:
+    """Every page and slot has one holder; counters agree with the actions in flight."""
+    book.ledger.check_integrity()
+    pages: dict[ModelName, list[int]] = {name: [] for name in book.models}
+    slots: list[int] = []
+    for state in book.requests.values():
+        pages[state.request.model] += state.pages
+        slots += [] if state.slot is None else [state.slot]
+        _check_request(book, state)
+    for name, held in pages.items():
+        assert len(held) == len(set(held)), f"{name}: a page is held twice"
+        assert set(held) == set(book.memory(name).kv.live), f"{name}: pages leaked"
+    assert len(slots) == len(set(slots)) and set(slots) == book.ledger.slots_taken
+    parked = [s.parked for s in book.requests.values() if s.parked is not None]
+    held_bytes = sum(e.num_bytes for kv in parked for e in kv.extents)
+    used = book.ledger.extents.num_bytes - book.ledger.extents.free_bytes
+    assert held_bytes <= used <= held_bytes + 4096 * sum(len(kv.extents) for kv in parked)
+    in_flight = len(book.steps) + len(book.moves)
+    assert book.ledger.hazards.in_flight == in_flight, "an action was forgotten"
+
+
+def _check_request(book: Book, state: RequestState) -> None:
+    steps = [step for step in book.steps.values() if state in step.states]
+    assert state.runs_in_flight == len(steps)
+    draws = sum(
+        step.run.plan.repeat - step.seen
+        for step in steps
+        if step.run.plan.rows[step.states.index(state)].sample is not None
+    )
+    assert state.draws_in_flight == draws, f"draws {state.draws_in_flight} != {draws}"
+    if state.phase in ("queued", "parked"):
+        assert not state.pages and state.slot is None and state.idle
+    if state.phase in ("running", "parking", "resuming"):
+        assert state.pages and state.slot is not None
+    if state.phase == "parked":
+        assert state.parked is not None
+    if not state.dirty and state.phase != "finished":
+        assert state.computed <= state.planned <= state.length

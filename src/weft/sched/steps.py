@@ -1,0 +1,235 @@
+"""Steps: which rows go into the next forward pass, and what its end means.
+
+Decode rows come first, prefill chunks fill the rest of the token budget (one contract for both:
+start, num_tokens). Up to `depth` steps are in flight; a repeated run has the lane to itself,
+because only its end says where its rows stand.
+"""
+
+from weft.core.actions import Emit, Interrupt, Row, Run, StepPlan
+from weft.core.errors import REQUEST_FAILED
+from weft.core.events import Failed, StepDone
+from weft.core.ids import ActionId
+from weft.ledger.hazards import Resource
+from weft.sched.book import Book, ModelEntry, RequestState, StepInFlight
+from weft.sched.moves import Mover
+
+MAX_RUN_FAILS = 3
+"""A request whose runs failed this often, the last time alone, fails. From MAX_RUN_FAILS - 1 on
+it runs alone, so that it takes nobody with it."""
+
+
+class Stepper:
+    """Plans Runs for the model that has the turn and applies their results."""
+
+    def __init__(self, book: Book, mover: Mover) -> None:
+        self._book = book
+        self._mover = mover
+
+    # -- planning -------------------------------------------------------------------------------
+
+    def runnable(self, entry: ModelEntry) -> bool:
+        state = self._book.memory(entry.spec.name).state
+        return entry.leaving is None and state in ("resident", "loading")
+
+    def fill(self, entry: ModelEntry, *, may_repeat: bool) -> bool:
+        """Plan steps of this model up to the lane's credit. True if any was planned."""
+        planned = False
+        while self.runnable(entry) and self._has_credit():
+            rows, states, repeat = self._build(entry, may_repeat)
+            if not rows:
+                break
+            self._launch(entry, rows, states, repeat)
+            planned = True
+        return planned
+
+    def _has_credit(self) -> bool:
+        steps = self._book.steps.values()
+        return len(steps) < self._book.unit.depth and all(s.run.plan.repeat == 1 for s in steps)
+
+    def _candidates(self, entry: ModelEntry) -> list[RequestState]:
+        ready: list[RequestState] = []
+        lost = self._book.ledger.lost_pages(entry.spec.name)
+        for state in entry.members.values():
+            if state.phase != "running" or state.copying:
+                continue
+            if lost and not lost.isdisjoint(state.pages):
+                continue
+            self._book.rewind(state)
+            if not state.dirty and state.draws_left > 0:
+                ready.append(state)
+        suspects = [s for s in ready if s.fails >= MAX_RUN_FAILS - 1]
+        return suspects[:1] or ready
+
+    def _build(
+        self, entry: ModelEntry, may_repeat: bool
+    ) -> tuple[list[Row], list[RequestState], int]:
+        unit = self._book.unit
+        ready = self._candidates(entry)
+        decode = [s for s in ready if s.length - s.planned == 1][: unit.max_rows]
+        rows: list[Row] = []
+        states: list[RequestState] = []
+        repeat = self._repeat(entry, ready, decode) if may_repeat else 1
+        budget = unit.max_step_tokens
+        for state in decode:
+            if budget and self._mover.extend(entry, state, state.planned + repeat):
+                rows.append(self._row(state, 1))
+                states.append(state)
+                budget -= 1
+        for state in ready:
+            left = state.length - state.planned
+            if left <= 1 or not budget or len(rows) >= unit.max_rows:
+                continue
+            # A row whose own draw is in flight would need an id that is not known here.
+            assert not state.draws_in_flight
+            num_tokens = min(left, budget)
+            if self._mover.extend(entry, state, state.planned + num_tokens):
+                rows.append(self._row(state, num_tokens))
+                states.append(state)
+                budget -= num_tokens
+        return rows, states, repeat
+
+    def _repeat(
+        self, entry: ModelEntry, ready: list[RequestState], decode: list[RequestState]
+    ) -> int:
+        """How many steps the answer could not change without an outside event."""
+        if not decode or len(decode) != len(ready) or len(ready) != len(entry.members):
+            return 1
+        if len(decode) > self._book.unit.max_step_tokens:
+            return 1
+        k = min(self._book.unit.max_repeat, *(s.draws_left for s in decode))
+        while k > 1 and not self._mover.room_to_extend(entry, decode, k):
+            k //= 2
+        return max(k, 1)
+
+    def _row(self, state: RequestState, num_tokens: int) -> Row:
+        request = state.request
+        start, stop = state.planned, state.planned + num_tokens
+        samples = stop == state.length
+        output_index = len(state.emitted) + state.draws_in_flight
+        from_device = num_tokens == 1 and state.last_on_device
+        assert state.slot is not None
+        return Row(
+            request=state.id,
+            slot=state.slot,
+            start=start,
+            num_tokens=num_tokens,
+            input=None if from_device else state.ids(start, stop),
+            sample=request.sampling if samples else None,
+            output_index=output_index,
+            stop_ids=state.stop_ids,
+            min_remaining=max(request.min_tokens - output_index, 0),
+            first_page=state.pages_sent,
+            append_pages=tuple(state.pages[state.pages_sent :]),
+            adapter=request.adapter,
+        )
+
+    def _launch(
+        self, entry: ModelEntry, rows: list[Row], states: list[RequestState], repeat: int
+    ) -> None:
+        book, name = self._book, entry.spec.name
+        action = book.new_id()
+        reads: list[Resource] = [("w", name)]
+        for row in rows:
+            if row.append_pages:
+                reads += book.pending_maps(name, list(row.append_pages))
+        follow = book.memory(name).load_action
+        after = book.after(
+            action, reads=reads, writes=[("kv", s.id) for s in states], except_for=follow
+        )
+        plan = StepPlan(model=name, rows=tuple(rows), repeat=repeat)
+        run = Run(id=action, after=after, plan=plan, follow=follow)
+        for row, state in zip(rows, states, strict=True):
+            state.planned += row.num_tokens + repeat - 1
+            state.runs_in_flight += 1
+            state.pages_sent = len(state.pages)
+            state.began = True
+            if row.sample is not None:
+                state.draws_in_flight += repeat
+                state.last_on_device = True
+        entry.last_used_ns = book.now_ns
+        book.steps[action] = StepInFlight(run, states)
+        book.actions.append(run)
+
+    def interrupt(self) -> None:
+        """Ask repeated runs in flight to stop early."""
+        for step in self._book.steps.values():
+            if step.run.plan.repeat > 1 and not step.interrupted:
+                step.interrupted = True
+                action = self._book.new_id()
+                self._book.interrupts.add(action)
+                self._book.actions.append(Interrupt(id=action, target=step.run.id))
+
+    # -- results --------------------------------------------------------------------------------
+
+    def done(self, event: StepDone) -> None:
+        """Apply the iterations of a report; the last one settles where the rows stand."""
+        step = self._book.steps[event.action]
+        assert event.iterations == len(event.tokens)
+        emits: dict[int, list[int]] = {}
+        for tokens in event.tokens:
+            for index, (row, state, token) in enumerate(
+                zip(step.run.plan.rows, step.states, tokens, strict=True)
+            ):
+                self._apply(state, row, step.seen, token, emits.setdefault(index, []))
+            step.seen += 1
+        for index, tokens_out in emits.items():
+            state = step.states[index]
+            if tokens_out and state.phase != "finished":
+                self._book.notices.append(Emit(request=state.id, tokens=tuple(tokens_out)))
+        if event.last:
+            self._settle(event.action, step)
+            for state in step.states:
+                state.fails = 0
+
+    def _apply(
+        self, state: RequestState, row: Row, iteration: int, token: int, emit: list[int]
+    ) -> None:
+        """One row of one iteration. Rows of requests that are over are void."""
+        if row.sample is not None:
+            state.draws_in_flight -= 1
+        if state.phase == "finished":
+            return
+        stop = row.start + row.num_tokens + iteration
+        entry = self._book.models[state.request.model]
+        computed_before = state.computed
+        state.computed = stop
+        prompt = len(state.request.prompt)
+        entry.prompt_tokens += max(min(stop, prompt) - min(computed_before, prompt), 0)
+        if row.sample is None:
+            return
+        output_index = len(state.emitted)
+        if token in state.stop_ids and output_index >= state.request.min_tokens:
+            self._book.finish(state, "stop", tokens=tuple(emit))
+            return
+        state.emitted.append(token)
+        emit.append(token)
+        entry.output_tokens += 1
+        if len(state.emitted) >= state.request.max_tokens:
+            self._book.finish(state, "length", tokens=tuple(emit))
+
+    def _settle(self, action: ActionId, step: StepInFlight) -> None:
+        """The run has ended: take back what it did not do."""
+        undone = step.run.plan.repeat - step.seen
+        for row, state in zip(step.run.plan.rows, step.states, strict=True):
+            state.runs_in_flight -= 1
+            if row.sample is not None:
+                state.draws_in_flight -= undone
+            state.planned -= undone
+        del self._book.steps[action]
+
+    def failed(self, event: Failed) -> None:
+        """None of the iterations not yet reported happened. The rows go back to what is computed;
+        a row that keeps failing is run alone, and then fails alone."""
+        step = self._book.steps[event.action]
+        alone = len(step.states) == 1
+        self._settle(event.action, step)
+        for state in step.states:
+            if state.phase == "finished":
+                continue
+            state.dirty = True
+            if event.cause == "dependency":
+                continue
+            state.fails = max(state.fails + 1, 0 if event.retryable else MAX_RUN_FAILS - 1)
+            if alone and state.fails >= MAX_RUN_FAILS:
+                error = f"{REQUEST_FAILED}: the step of this request failed: {event.cause}"
+                self._book.finish(state, "error", error=error)
