@@ -127,4 +127,4 @@ def _attend(group: _Group, layer: int, q: torch.Tensor, kv: KvView) -> torch.Ten
     weights = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
     out = torch.matmul(weights.view(rows, kv_heads, -1, k.shape[2]), v)
     out = out.view(rows, kv_heads, -1, count, dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(rows * count, heads, dim)
+    return out.reshape(rows * count, heads, dim).contiguous()

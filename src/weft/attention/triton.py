@@ -31,51 +31,33 @@ class _DecodeRows:
     longest: int
 
 
-@dataclass(frozen=True)
-class _Plan:
-    batch: ForwardBatch
-    decode: _DecodeRows | None
-    chunks: ChunkBlocks | None
-
-
 class TritonAttention:
-    """Implements `attention.base.AttentionBackend` on CUDA. One object per lane.
+    """Implements `attention.base.AttentionBackend` on CUDA. One object per lane, for all models.
 
-    num_q_heads and num_kv_heads decide how rows are cut, so an object serves one model shape.
-    `splits` fixes the number of cuts (tests); by default it follows from the plan's shape.
+    `splits` fixes how often the keys of decode rows are cut (tests); by default it follows from
+    the plan's shape.
     """
 
-    def __init__(
-        self,
-        num_q_heads: int,
-        num_kv_heads: int,
-        *,
-        splits: int | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        self._group = num_q_heads // num_kv_heads
+    def __init__(self, *, splits: int | None = None, num_sms: int = 132) -> None:
         self._splits = splits
-        self._num_sms = 132
-        if device is not None and device.type == "cuda":
-            self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self._plan: _Plan | None = None
+        self._num_sms = num_sms
+        self._batch: ForwardBatch | None = None
+        self._decode: _DecodeRows | None = None
+        self._chunks: ChunkBlocks | None = None
+        self._cut = False
         self._partial: torch.Tensor | None = None
         self._partial_lse: torch.Tensor | None = None
 
     def plan(self, batch: ForwardBatch, kv: KvView) -> None:
-        if all(count == 1 for count in batch.num_tokens):
-            decode = _DecodeRows(
-                batch.slots,
-                batch.row_starts,
-                batch.row_offsets,
-                max(batch.starts, default=0) + 1,
-            )
-            self._plan = _Plan(batch, decode, None)
-            return
-        self._plan = self._plan_mixed(batch, kv)
+        self._batch, self._decode, self._chunks = batch, None, None
+        self._cut = all(count == 1 for count in batch.num_tokens)
+        if self._cut:
+            longest = max(batch.starts, default=0) + 1
+            self._decode = _DecodeRows(batch.slots, batch.row_starts, batch.row_offsets, longest)
 
-    def _plan_mixed(self, batch: ForwardBatch, kv: KvView) -> _Plan:
-        """Upload where the decode rows and the blocks of the chunks are, in one copy."""
+    def _cut_rows(self, batch: ForwardBatch, group: int, head_dim: int, itemsize: int) -> None:
+        """Upload where the decode rows and the blocks of the chunks are, in one copy. Waits for
+        the first layer: how a chunk is cut depends on the query heads of a KV head."""
         singles: list[int] = []
         chunks: list[tuple[int, int, int, int]] = []
         token = longest = 0
@@ -86,21 +68,18 @@ class TritonAttention:
             elif count > 1:
                 chunks.append((row, start, token, count))
             token += count
-        head_dim, itemsize = kv.pages.shape[5], kv.pages.element_size()
-        cut = cut_chunks(chunks, chunk_block_tokens(self._group, head_dim, itemsize))
+        cut = cut_chunks(chunks, chunk_block_tokens(group, head_dim, itemsize))
         columns = torch.tensor([*singles, *(x for column in cut for x in column)])
         device = batch.positions.device
         if device.type == "cuda":
-            columns = columns.pin_memory()
-        columns = columns.to(device, non_blocking=True)
+            columns = columns.pin_memory().to(device, non_blocking=True)
         rows, blocks = columns[: len(singles)], columns[len(singles) :].view(4, -1)
-        decode = None
         if singles:
-            decode = _DecodeRows(
+            self._decode = _DecodeRows(
                 batch.slots[rows], batch.row_starts[rows], batch.row_offsets[rows], longest
             )
-        slot = batch.slots[blocks[0]]
-        return _Plan(batch, decode, ChunkBlocks(slot, blocks[1], blocks[2], blocks[3]))
+        self._chunks = ChunkBlocks(batch.slots[blocks[0]], blocks[1], blocks[2], blocks[3])
+        self._cut = True
 
     def run(
         self,
@@ -110,8 +89,12 @@ class TritonAttention:
         v_TGD: torch.Tensor,
         kv: KvView,
     ) -> torch.Tensor:
-        assert self._plan is not None, "plan() was not called"
-        batch, decode, chunks = self._plan.batch, self._plan.decode, self._plan.chunks
+        batch = self._batch
+        assert batch is not None, "plan() was not called"
+        if not self._cut:
+            group = q_TQD.shape[1] // k_TGD.shape[1]
+            self._cut_rows(batch, group, q_TQD.shape[2], q_TQD.element_size())
+        decode, chunks = self._decode, self._chunks
         pages = kv.pages[:, layer]
         store_kv(
             k_TGD, v_TGD, pages, batch.positions, batch.token_rows, batch.slots, batch.page_table
@@ -123,7 +106,8 @@ class TritonAttention:
             splits = self._splits or decode_splits(
                 rows, k_TGD.shape[1], decode.longest, num_sms=self._num_sms
             )
-            self._reserve(rows * splits * q_TQD.shape[1], q_TQD.shape[2], q_TQD.device)
+            if splits > 1:
+                self._reserve(rows * splits * q_TQD.shape[1], q_TQD.shape[2], q_TQD.device)
             decode_attention(
                 q_TQD,
                 pages,
@@ -143,6 +127,7 @@ class TritonAttention:
 
     def _reserve(self, pieces: int, head_dim: int, device: torch.device) -> None:
         """Scratch for partial results, kept between steps (its address is stable then)."""
-        if self._partial_lse is None or self._partial_lse.numel() < pieces:
+        if self._partial is None or self._partial.numel() < pieces * head_dim:
             self._partial = torch.empty(pieces * head_dim, dtype=torch.float32, device=device)
+        if self._partial_lse is None or self._partial_lse.numel() < pieces:
             self._partial_lse = torch.empty(pieces, dtype=torch.float32, device=device)

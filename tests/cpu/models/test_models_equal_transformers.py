@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from support.plain import PlainModel, make_batch
 from support.tiny import tiny_checkpoint
 
