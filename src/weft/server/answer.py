@@ -1,0 +1,284 @@
+"""The response of a generating route: from opening its hub requests to their end.
+
+Everything between `hub.open` and the last byte happens in `Answer.__call__`, so that one `finally`
+gives back whatever was opened: the client read all of it, left in the middle, a stop string was
+found, the server goes down.
+
+A streamed answer waits up to HEADER_WAIT_S for its first chunk before it sends headers, so that
+an immediate refusal or failure still becomes a real HTTP status; then the headers go out and an
+SSE comment keeps the line alive every `keepalive_s`, also before the first token.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from weft.core.errors import DRAINING, ReplyError
+from weft.hub.base import Hub, HubRefusal
+from weft.server import wire
+from weft.server.choice import Choice, Piece
+from weft.server.errors import CLIENT_CLOSED, ApiError, from_reply, internal_error
+from weft.server.metrics import Metrics
+from weft.server.plan import Plan
+
+HEADER_WAIT_S = 1.0
+WRITE_LIMIT_S = 120.0
+"""A client that takes nothing for this long is treated as gone."""
+
+log = logging.getLogger("weft.server")
+
+_SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Gate:
+    """Open, then draining (new requests get 503), then cut (answers in flight end in an error)."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.live: set[Answer] = set()
+
+    def drain(self) -> None:
+        self.draining = True
+
+    def cut(self) -> None:
+        self.draining = True
+        for answer in tuple(self.live):
+            answer.stop("cut")
+
+    def check(self) -> None:
+        """Raises ApiError 503 when no new request may begin."""
+        if self.draining:
+            raise from_reply(ReplyError(code=DRAINING, message="the server is shutting down"))
+
+
+class _Stopped(Exception):
+    """The answer has to end now: "gone" (no client) or "cut" (no server)."""
+
+
+class Answer(Response):
+    """See the module's docstring. One object serves one request."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        plan: Plan,
+        metrics: Metrics,
+        gate: Gate,
+        *,
+        request_id: str,
+        arrival_s: float,
+        keepalive_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self._hub = hub
+        self._plan = plan
+        self._metrics = metrics
+        self._gate = gate
+        self._request_id = request_id
+        self._arrival_s = arrival_s
+        self._keepalive_s = keepalive_s
+        self._clock = clock
+        self._writer = wire.Writer(plan, request_id)
+        self._choices: list[Choice] = []
+        self._pulls: dict[asyncio.Task[Piece], Choice] = {}
+        self._stop: asyncio.Future[str]
+        self._status = 200
+        self._started = False
+
+    def stop(self, why: str) -> None:
+        if not self._stop.done():
+            self._stop.set_result(why)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._stop = asyncio.get_running_loop().create_future()
+        watcher = asyncio.create_task(self._watch(receive))
+        self._gate.live.add(self)
+        outcome = "error"
+        try:
+            self._open()
+            await (self._stream(send) if self._plan.stream else self._whole(send))
+        except ApiError as error:
+            outcome = "error" if self._choices else "refused"
+            await self._fail(error, scope, receive, send)
+        except _Stopped as stopped:
+            outcome = "cancelled"
+            await self._end_early(str(stopped), scope, receive, send)
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except Exception:
+            log.exception("request id=%s failed", self._request_id)
+            await self._fail(internal_error(), scope, receive, send)
+        finally:
+            self._gate.live.discard(self)
+            watcher.cancel()
+            self._close(outcome)
+
+    def _open(self) -> None:
+        """Opens every choice or none. Raises ApiError."""
+        plan = self._plan
+        try:
+            for index, request in enumerate(plan.requests):
+                self._choices.append(
+                    Choice(
+                        self._hub,
+                        request,
+                        plan.text,
+                        plan.stops,
+                        self._metrics,
+                        index=index,
+                        arrival_s=self._arrival_s,
+                        clock=self._clock,
+                    )
+                )
+        except HubRefusal as refusal:
+            for choice in self._choices:
+                choice.abandon("refused")
+            raise from_reply(refusal.error) from None
+
+    async def _stream(self, send: Send) -> None:
+        """Raises ApiError only before the headers were sent."""
+        pieces = await self._next(min(HEADER_WAIT_S, self._keepalive_s))
+        for _, piece in pieces:
+            if piece.error is not None:
+                raise from_reply(piece.error)
+        await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+        self._started = True
+        if not pieces:
+            await self._write(send, wire.HELD)
+        spoken = False
+        while True:
+            for choice, piece in pieces:
+                spoken = True
+                if piece.error is not None:
+                    raise from_reply(piece.error)
+                await self._write(send, self._writer.chunk(choice, piece, self._choices))
+            if all(choice.done for choice in self._choices):
+                break
+            pieces = await self._next(self._keepalive_s)
+            if not pieces:
+                await self._write(send, wire.WAITING if spoken else wire.HELD)
+        tail = self._writer.usage_chunk(self._choices) if self._plan.include_usage else b""
+        await self._write(send, tail + wire.DONE, more=False)
+
+    async def _whole(self, send: Send) -> None:
+        """Raises ApiError."""
+        texts = [""] * len(self._choices)
+        ids: list[tuple[int, ...]] = [()] * len(self._choices)
+        while not all(choice.done for choice in self._choices):
+            for choice, piece in await self._next(None):
+                if piece.error is not None:
+                    raise from_reply(piece.error)
+                texts[choice.index] += piece.text
+                ids[choice.index] += piece.tokens
+        body = self._writer.whole(self._choices, texts, ids)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._started = True
+        await self._write(send, body, more=False)
+
+    async def _next(self, timeout_s: float | None) -> list[tuple[Choice, Piece]]:
+        """Pieces that are there, at least one; [] when the time is over. At most one chunk of
+        every choice is in hand. Raises _Stopped."""
+        waiting = set(self._pulls.values())
+        for choice in self._choices:
+            if not choice.done and choice not in waiting:
+                self._pulls[asyncio.create_task(choice.next())] = choice
+        ends: set[asyncio.Future[Any]] = {self._stop, *self._pulls}
+        await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if self._stop.done():
+            raise _Stopped(self._stop.result())
+        ready = [(task, choice) for task, choice in self._pulls.items() if task.done()]
+        pieces: list[tuple[Choice, Piece]] = []
+        for task, choice in ready:
+            del self._pulls[task]
+            pieces.append((choice, task.result()))
+        return pieces
+
+    async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        try:
+            async with asyncio.timeout(WRITE_LIMIT_S):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            raise _Stopped("gone") from None
+        except OSError:  # what servers newer than ASGI 2.3 raise for a client that left
+            raise _Stopped("gone") from None
+
+    async def _watch(self, receive: Receive) -> None:
+        """The body was read, so all that can still arrive is the end of the connection."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.stop("gone")
+
+    async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        """As a status while that is possible, as an SSE event afterwards."""
+        self._status = error.status
+        if not self._started:
+            await error.response()(scope, receive, send)
+        elif not self._stop.done():
+            await self._last_words(error, send)
+
+    async def _end_early(self, why: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if why == "gone":
+            self._status = CLIENT_CLOSED
+            return
+        error = from_reply(ReplyError(code=DRAINING, message="the server is shutting down"))
+        self._status = error.status
+        if not self._started:
+            await error.response()(scope, receive, send)
+        else:
+            await self._last_words(error, send)
+
+    async def _last_words(self, error: ApiError, send: Send) -> None:
+        try:
+            await self._write(send, wire.error_event(error), more=False)
+        except _Stopped:
+            self._status = CLIENT_CLOSED
+
+    def _close(self, outcome: str) -> None:
+        for choice in self._choices:
+            choice.abandon(outcome)
+        for task in self._pulls:
+            task.cancel()
+            task.add_done_callback(_forget)
+        model = self._plan.card.name
+        for choice in self._choices:
+            self._metrics.requests.labels(model, choice.outcome).inc()
+        if not self._choices:
+            self._metrics.requests.labels(model, "refused").inc(len(self._plan.requests))
+        self._log(model, outcome)
+
+    def _log(self, model: str, outcome: str) -> None:
+        ends = {choice.outcome for choice in self._choices} or {outcome}
+        ttft = min((c.ttft_s for c in self._choices if c.ttft_s is not None), default=None)
+        log.info(
+            "request id=%s model=%s status=%d outcome=%s choices=%d prompt_tokens=%d "
+            "output_tokens=%d ttft_s=%s total_s=%.3f",
+            self._request_id,
+            model,
+            self._status,
+            ",".join(sorted(str(end) for end in ends)),
+            len(self._plan.requests),
+            self._plan.prompt_tokens,
+            sum(choice.output_tokens for choice in self._choices),
+            "-" if ttft is None else f"{ttft:.3f}",
+            self._clock() - self._arrival_s,
+        )
+
+
+def _forget(task: "asyncio.Task[Any]") -> None:
+    if not task.cancelled():
+        task.exception()

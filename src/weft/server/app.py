@@ -1,0 +1,95 @@
+"""The ASGI application of one frontend."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import weft
+from weft.config.pool_config import PoolConfig
+from weft.hub.base import Hub
+from weft.server.answer import Gate
+from weft.server.errors import ApiError, bad_request
+from weft.server.metrics import Metrics
+from weft.server.middleware import RequestIdMiddleware
+from weft.server.routes import Frontend, openai_routes, operator_routes
+from weft.server.text import TextService
+
+log = logging.getLogger("weft.server")
+
+
+def create_app(hub: Hub, config: PoolConfig, *, texts: TextService | None = None) -> FastAPI:
+    """An application that serves `hub`. `app.state.gate` is its `Gate`, for `serve`.
+
+    Tokenizers are read in the background once the application starts, or at first use.
+    """
+    own_texts = texts or TextService()
+    gate = Gate()
+    front = Frontend(hub, config.server, own_texts, Metrics(hub), gate)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        preload = asyncio.create_task(_preload(hub, own_texts))
+        try:
+            yield
+        finally:
+            preload.cancel()
+            own_texts.close()
+
+    app = FastAPI(
+        title="weft",
+        version=weft.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.gate = gate
+    app.include_router(openai_routes(front))
+    app.include_router(operator_routes(front))
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_middleware(RequestIdMiddleware)
+    return app
+
+
+async def _preload(hub: Hub, texts: TextService) -> None:
+    for card in hub.models():
+        if card.failed is None:
+            try:
+                await texts.model(card)
+            except ApiError as error:
+                log.error("model=%s has no usable tokenizer: %s", card.name, error.message)
+
+
+async def _on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"there is no {request.url.path[:200]}; GET /openapi.json lists what there is",
+        405: f"{request.method[:20]} is not a method of {request.url.path[:200]}",
+    }
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    return ApiError(
+        error.status_code,
+        messages.get(error.status_code, str(error.detail)),
+        code=codes.get(error.status_code),
+        headers=dict(error.headers or {}),
+    ).response()
+
+
+async def _on_validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    details = error.errors()
+    message = str(details[0].get("msg", "invalid request")) if details else "invalid request"
+    return bad_request(message[:200], code="invalid_value").response()

@@ -1,0 +1,217 @@
+"""Text in and out: a tokenizer and a chat template per model, and the threads they run in.
+
+Lengths are bounded before tokenising, rendering and tokenising happen in an own thread pool, and
+a request waits for them only so long. transformers is not imported: `tokenizers` reads
+tokenizer.json, jinja2 renders the template.
+"""
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tokenizers import Tokenizer
+
+from weft.core.errors import WeftError
+from weft.hub.base import ModelCard
+from weft.server.errors import ApiError, bad_request
+from weft.server.templates import (
+    FALLBACK_TEMPLATE,
+    ChatTemplate,
+    TemplateFailure,
+    find_template,
+    special_tokens,
+)
+
+CHARS_PER_TOKEN = 8
+"""A prompt longer than this many characters per token of context is refused unread."""
+MIN_PROMPT_CHARS = 4096
+"""... but a prompt up to here is always tokenised, however short the context."""
+TEXT_LIMIT_S = 10.0
+TEXT_THREADS = 4
+MAX_JOBS_PER_MODEL = 2
+"""Threads one model may keep busy, so that a stuck template cannot stop the others."""
+MAX_WAITING_JOBS = 512
+MAX_TOKENIZER_BYTES = 256 << 20
+MAX_TOKENIZER_CONFIG_BYTES = 64 << 20
+
+T = TypeVar("T")
+
+
+def max_prompt_chars(max_context_tokens: int) -> int:
+    return max(MIN_PROMPT_CHARS, CHARS_PER_TOKEN * max_context_tokens)
+
+
+class TextModel:
+    """A model's tokenizer and template. Its methods are called in threads of `TextService`,
+    except `decode`, which is quick."""
+
+    def __init__(self, card: ModelCard, *, limit_s: float = TEXT_LIMIT_S) -> None:
+        """Reads the model's folder; a folder without tokenizer.json is served by token ids alone.
+        Raises WeftError."""
+        self.name = card.name
+        self.vocab_size = card.vocab_size
+        self.max_chars = max_prompt_chars(card.max_context_tokens)
+        self._lock = threading.Lock()
+        folder = Path(card.path)
+        self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        config = _read_config(folder / "tokenizer_config.json")
+        source = find_template(folder, config)
+        self.has_template = source is not None
+        self._template = ChatTemplate(
+            FALLBACK_TEMPLATE if source is None else source,
+            tokens=special_tokens(config),
+            max_chars=self.max_chars,
+            limit_s=limit_s,
+        )
+
+    @property
+    def has_text(self) -> bool:
+        return self._tokenizer is not None
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """Renders and tokenises; the template writes its special tokens itself, unless the model
+        has none and the plain form is used. Raises ApiError."""
+        size = sum(len(str(message.get("content") or "")) for message in messages)
+        self._check_chars(size, "messages")
+        try:
+            with self._lock:
+                text = self._template.render(messages)
+        except TemplateFailure as error:
+            raise bad_request(str(error), param="messages") from None
+        return self._encode(text, add_special_tokens=not self.has_template, param="messages")
+
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        """Tokenises a completion's prompt, with the special tokens the tokenizer adds to a text.
+        Raises ApiError."""
+        self._check_chars(len(text), "prompt")
+        return self._encode(text, add_special_tokens=True, param="prompt")
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids` without special tokens; "" for a model without a tokenizer."""
+        if self._tokenizer is None:
+            return ""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _check_chars(self, size: int, param: str) -> None:
+        if size > self.max_chars:
+            raise bad_request(
+                f"{param} has {size} characters; model {self.name!r} takes at most "
+                f"{self.max_chars}",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def _encode(self, text: str, *, add_special_tokens: bool, param: str) -> tuple[int, ...]:
+        if self._tokenizer is None:
+            raise bad_request(
+                f"model {self.name!r} has no tokenizer.json; send token ids to /v1/completions",
+                param=param,
+            )
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        if not ids:
+            raise bad_request(f"{param} holds no token", param=param)
+        if max(ids) >= self.vocab_size:
+            raise bad_request(
+                f"{param} holds the token id {max(ids)}, which the tokenizer of model "
+                f"{self.name!r} knows and the model does not ({self.vocab_size} ids)",
+                param=param,
+            )
+        return ids
+
+
+class TextService:
+    """The text models of a frontend and the threads that work for them."""
+
+    def __init__(self, *, threads: int = TEXT_THREADS, limit_s: float = TEXT_LIMIT_S) -> None:
+        self._limit_s = limit_s
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weft-text")
+        self._models: dict[str, asyncio.Task[TextModel]] = {}
+        self._lanes: dict[str, asyncio.Semaphore] = {}
+        self._waiting = 0
+
+    async def model(self, card: ModelCard) -> TextModel:
+        """The model's text side, read at first use. Raises ApiError 503 when it is broken."""
+        task = self._models.get(card.name)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._load(card))
+            self._models[card.name] = task
+        try:
+            return await asyncio.shield(task)
+        except WeftError as error:
+            raise ApiError(503, str(error), code="model_failed", retry_after_s=30) from None
+
+    async def _load(self, card: ModelCard) -> TextModel:
+        def load() -> TextModel:
+            return TextModel(card, limit_s=self._limit_s)
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, load)
+
+    async def run(self, model: str, work: Callable[[], T]) -> T:
+        """`work` in a thread. Raises ApiError 429 when too many wait, 503 when it takes too long
+        (the thread is then left to finish on its own, and its model's lane stays taken)."""
+        if self._waiting >= MAX_WAITING_JOBS:
+            raise ApiError(
+                429, "too many prompts wait to be tokenised", code="queue_full", retry_after_s=1
+            )
+        lane = self._lanes.setdefault(model, asyncio.Semaphore(MAX_JOBS_PER_MODEL))
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self._limit_s):
+                await lane.acquire()
+                job = asyncio.get_running_loop().run_in_executor(self._pool, work)
+                job.add_done_callback(lambda _: lane.release())
+                job.add_done_callback(_forget)
+                return await asyncio.shield(job)
+        except TimeoutError:
+            raise ApiError(
+                503,
+                f"rendering and tokenising took longer than {self._limit_s:g} s",
+                code="text_timeout",
+                retry_after_s=5,
+            ) from None
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        for task in self._models.values():
+            task.cancel()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _forget(job: "asyncio.Future[Any]") -> None:
+    """Take the error of a job that may have nobody waiting, so that it is not reported as lost."""
+    if not job.cancelled():
+        job.exception()
+
+
+def _read_tokenizer(file: Path) -> Tokenizer | None:
+    if not file.is_file():
+        return None
+    if file.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise WeftError(f"{file}: larger than {MAX_TOKENIZER_BYTES} bytes")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more special
+        raise WeftError(f"{file}: not a tokenizer: {str(error)[:200]}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    if file.stat().st_size > MAX_TOKENIZER_CONFIG_BYTES:
+        raise WeftError(f"{file}: larger than {MAX_TOKENIZER_CONFIG_BYTES} bytes")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise WeftError(f"{file}: not JSON: {str(error)[:200]}") from None
+    if not isinstance(config, dict):
+        raise WeftError(f"{file}: expected an object")
+    return config
