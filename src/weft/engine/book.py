@@ -50,6 +50,11 @@ class LoadProgress:
             self._failed = True
             self._condition.notify_all()
 
+    @property
+    def extents(self) -> int:
+        """Extents that are there."""
+        return len(self._marks)
+
     def wait(self, extent: int) -> Any:
         """Block until this extent is there and return its mark. Raises DependencyFailed."""
         with self._condition:
@@ -72,6 +77,7 @@ class ActionBook:
         self._lanes = [LaneOrder() for _ in range(lanes)]
         self._actions: dict[ActionId, UnitAction] = {}
         self._loads: dict[ActionId, LoadProgress] = {}
+        self._issued: set[ActionId] = set()
         self._interrupted: set[ActionId] = set()
         self._events: deque[UnitEvent] = deque()
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -106,13 +112,23 @@ class ActionBook:
         with self._lock:
             self._emit(event)
 
+    def issue(self, action: ActionId) -> None:
+        """A dispatched action is queued on a device's streams, and whoever comes after orders
+        itself behind it there: let go what waits for it. Its `end` comes later."""
+        with self._lock:
+            self._issued.add(action)
+            self._release(self._deps.finish(action, ok=True))
+
     def end(self, event: StepDone | CopyDone | Done | Failed) -> None:
         """The end of a dispatched action, and of all that waited for it if it failed."""
         with self._lock:
             ok = not isinstance(event, Failed)
             self._forget(event.action, ok)
             self._emit(event)
-            self._release(self._deps.finish(event.action, ok=ok))
+            if event.action in self._issued:
+                self._issued.remove(event.action)
+            else:
+                self._release(self._deps.finish(event.action, ok=ok))
 
     def interrupted(self, action: ActionId) -> bool:
         """Whether a Run should stop repeating: an Interrupt named it, or the executor closes."""
@@ -157,6 +173,12 @@ class ActionBook:
 
     def wait_fd(self) -> int:
         return self._fd
+
+    def wake(self) -> None:
+        """Make the descriptor readable: `poll` may find something. Any thread."""
+        with self._lock:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
 
     def begin_close(self) -> None:
         """Fail everything that has not started; what runs should end soon (`interrupted`)."""

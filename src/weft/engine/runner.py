@@ -264,7 +264,6 @@ class Runner:
         self._tap = logits_tap
         # depth steps in flight and the one being prepared.
         self._ring = [_Buffers(unit, device) for _ in range(unit.depth + 1)]
-        self._next = 0
 
     @torch.inference_mode()
     def prepare(self, model: BoundModel, plan: StepPlan) -> Step:
@@ -276,10 +275,10 @@ class Runner:
         check_plan(plan, model, self._unit)
         if plan.repeat > self._ring[0].tokens.shape[0]:
             raise ValueError(f"repeat {plan.repeat} exceeds max_repeat {self._unit.max_repeat}")
-        buffers = self._ring[self._next]
-        if buffers.in_use:
+        # Steps of different models need not end in the order they began: any free one will do.
+        buffers = next((one for one in self._ring if not one.in_use), None)
+        if buffers is None:
             raise RuntimeError("more steps in flight than the unit's depth")
-        self._next = (self._next + 1) % len(self._ring)
         buffers.in_use = True
         step = Step(plan, model, buffers)
         try:
