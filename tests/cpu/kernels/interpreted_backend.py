@@ -50,7 +50,7 @@ def test_backend_equals_the_twin(starts: list[int], counts: list[int], splits: i
     table = torch.randperm(24)[: 8 * rows].view(rows, 8).int()
     slots = list(reversed(range(rows)))
     batch = step(slots, starts, counts, table)
-    backend = TritonAttention(Q_HEADS, KV_HEADS, splits=splits)
+    backend = TritonAttention(splits=splits)
     kv = KvView(pages)
     backend.plan(batch, kv)
     for layer in range(LAYERS):
