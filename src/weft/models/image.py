@@ -247,12 +247,12 @@ def _convert(source: np.ndarray, source_dtype: str, dest_dtype: str) -> np.ndarr
         source = (source.astype(np.uint32) << 16).view(np.float32)
     if dest_dtype == "bfloat16":
         return _round_to_bfloat16(source)
-    with np.errstate(over="ignore"):  # float16 has infinities for what it cannot hold
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN are values here
         return source.astype(_NUMPY[dest_dtype])
 
 
 def _round_to_bfloat16(source: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         wide = np.ascontiguousarray(source, dtype=np.float32)
     bits = wide.view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16

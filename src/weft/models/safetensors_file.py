@@ -3,6 +3,7 @@
 Format: 8 bytes little-endian header length, JSON header, data (huggingface.co/docs/safetensors).
 """
 
+import contextlib
 import mmap
 import os
 import re
@@ -74,8 +75,7 @@ class ShardStamp(NamedTuple):
 
 
 class Checkpoint:
-    """An opened checkpoint: every header checked, data mapped. Use as a context manager; arrays
-    must be gone before it is closed."""
+    """An opened checkpoint: every header checked, data mapped. Use as a context manager."""
 
     def __init__(self, path: Path, shards: list[_Shard], tensors: dict[str, TensorInfo]) -> None:
         self.path = path
@@ -125,8 +125,10 @@ class Checkpoint:
             self._shards[info.file].map.madvise(mmap.MADV_WILLNEED, start, length)
 
     def close(self) -> None:
+        """Unmap the files; those that arrays still view are unmapped with the last of these."""
         for shard in self._shards:
-            shard.map.close()
+            with contextlib.suppress(BufferError):
+                shard.map.close()
 
     def __enter__(self) -> "Checkpoint":
         return self
