@@ -1,0 +1,68 @@
+"""`weft check`: a folder in numbers, and everything wrong with it at once."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from support.tiny import tiny_checkpoint
+from weft.models.check import check_checkpoint
+from weft.models.hf_config import read_model_config
+from weft.models.image import image_layout
+
+
+def test_a_good_checkpoint(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, family="qwen2", dtype="bfloat16", shards=2)
+    report = check_checkpoint(path)
+    assert report.servable
+    assert report.notes == ()
+    assert (report.class_name, report.family, report.dtype) == (
+        "Qwen2ForCausalLM",
+        "qwen2",
+        "bfloat16",
+    )
+    assert (report.num_layers, report.num_q_heads, report.num_kv_heads, report.head_dim) == (
+        2,
+        4,
+        2,
+        16,
+    )
+    assert report.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2
+    assert (report.page_tokens, report.page_bytes) == (128, 128 * 256)
+    assert report.tokenizer
+    assert report.chat_template
+    assert report.eos_ids == (2,)
+    assert report.shards == 2
+    assert report.stored_dtypes == {"bfloat16": 2 * report.parameters}
+    for dtype, size in report.image_bytes.items():
+        assert size == image_layout(read_model_config(path, dtype)).num_bytes
+
+
+def test_an_empty_folder_lists_what_is_missing(tmp_path: Path) -> None:
+    report = check_checkpoint(tmp_path)
+    assert not report.servable
+    assert len(report.problems) == 2
+    assert "config.json" in report.problems[0]
+    assert "model.safetensors" in report.problems[1]
+    assert len(report.notes) == 2
+
+
+def test_several_faults_are_told_at_once(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, eos=500, tokenizer=False)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 130}))
+    (path / "tokenizer_config.json").write_text("[")
+    report = check_checkpoint(path)
+    assert len(report.problems) == 2
+    assert "gate_proj" in report.problems[0]
+    assert "tokenizer_config.json" in report.problems[1]
+    assert any("500" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_garbage_in_any_file_is_a_problem_not_a_crash(tmp_path: Path, name: str) -> None:
+    path = tiny_checkpoint(tmp_path)
+    (path / name).write_bytes(b"\xff\x00garbage" * 10)
+    report = check_checkpoint(path)
+    assert not report.servable
+    assert any(name in problem for problem in report.problems)
