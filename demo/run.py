@@ -56,6 +56,7 @@ def write_pool(paths: dict[str, Path], device: str, port: int) -> Path:
         "  host_memory: 1G",
         "server:",
         f"  port: {port}",
+        "  hold_s: 600",  # a slow machine may need longer than the trace lasts
     ]
     path = WORK / "pool.yaml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -197,10 +198,9 @@ def demo(args: argparse.Namespace, console: Console, log: Path) -> int:
         result = replay_trace(url, args, console)
         replay.write_result(result, WORK / "result.json")
         replay.show(result, console)
-        switches = (result.total.switches_in or 0) + (result.total.switches_out or 0)
         console.print(
-            f"{switches} switches (a model in or out), {result.total.failures} failed requests. "
-            "Every record: .demo/result.json",
+            f"{result.total.switches_in} times a model came onto the device, "
+            f"{result.total.failures} requests failed. Every record: .demo/result.json",
             highlight=False,
         )
         code = replay.exit_code(result)
