@@ -112,19 +112,21 @@ def _attend(group: _Group, layer: int, q: torch.Tensor, kv: KvView) -> torch.Ten
     """[n * t, Q, D] queries -> [n * t, Q, D] outputs, contiguous."""
     rows, count, (heads, dim) = group.num_rows, group.num_tokens, q.shape[1:]
     kv_heads = kv.pages.shape[4]
-    # [n * p, 2, S, G, D] -> [2, n, G, C, D]; the copy makes results independent of page ids.
+    # [n * p, 2, S, G, D] -> [2, n * G, C, D]; the copy makes results independent of page ids.
     gathered = kv.pages[:, layer].index_select(0, group.pages)
     gathered = gathered.view(rows, -1, 2, kv.page_tokens, kv_heads, dim)
-    k, v = gathered.permute(2, 0, 4, 1, 3, 5).reshape(2, rows, kv_heads, -1, dim)
-    v.masked_fill_(group.stale, 0)  # what lies there may be NaN, and 0 * NaN is not 0
-    # [n, t, G, q, D] -> [n, G, q * t, D]
+    k, v = gathered.permute(2, 0, 4, 1, 3, 5).reshape(2, rows * kv_heads, -1, dim)
+    context = k.shape[1]
+    # What lies in stale places may be NaN, and 0 * NaN is not 0.
+    v.view(rows, kv_heads, context, dim).masked_fill_(group.stale, 0)
+    # [n, t, G, q, D] -> [n * G, q * t, D]
     q = q.view(rows, count, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
-    q = q.reshape(rows, kv_heads, -1, dim)
-    scores = torch.matmul(q, k.transpose(-1, -2)).mul_(dim**-0.5)
-    scores = scores.view(rows, kv_heads, -1, count, k.shape[2])
+    q = q.reshape(rows * kv_heads, -1, dim)
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(dim**-0.5)
+    scores = scores.view(rows, kv_heads, -1, count, context)
     scores = scores.masked_fill_(group.hidden, float("-inf"))
     wide = scores.dtype if scores.dtype == torch.float64 else torch.float32
     weights = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
-    out = torch.matmul(weights.view(rows, kv_heads, -1, k.shape[2]), v)
+    out = torch.bmm(weights.view(rows * kv_heads, -1, context), v)
     out = out.view(rows, kv_heads, -1, count, dim).permute(0, 3, 1, 2, 4)
     return out.reshape(rows * count, heads, dim).contiguous()
