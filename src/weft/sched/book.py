@@ -143,6 +143,9 @@ class Book:
         self.draining = False
         self.actions_done = 0
         self.bytes_copied = 0
+        self.changes = 0
+        """Memory given back or models gone within this decision: others may now be able to go on,
+        so the decision looks again."""
         self._next_id = 1
 
     def new_id(self) -> ActionId:
@@ -194,6 +197,7 @@ class Book:
     def release_device(self, state: RequestState) -> None:
         """Pages and slot go back; legal when no action names them."""
         assert state.idle, "pages are in use"
+        self.changes += 1
         if state.pages:
             self.memory(state.request.model).kv.give(state.pages)
             state.pages = []

@@ -115,6 +115,7 @@ class Mover:
             gone = memory.state == "absent" or entry.leaving == "kv"
             if gone and not memory.kv.granules:
                 entry.leaving = None
+                self._book.changes += 1
 
     def park(self, entry: ModelEntry, state: RequestState) -> None:
         """Copy the KV to the host store; where that cannot be, forget it and compute it again."""
@@ -216,12 +217,25 @@ class Mover:
             return
         running = sum(s.phase in ("running", "resuming") for s in entry.members.values())
         for request in self._preset.prefill.order(waiting, self._book.now_ns):
-            if running >= self._book.unit.max_rows or not self._book.ledger.free_slots:
+            if running >= self._book.unit.max_rows:
+                return
+            if not self._book.ledger.free_slots:
+                if not running:
+                    self._free_slots(keep)
                 return
             state = self._book.requests[request]
             if not self._admit_one(entry, state, running, keep, urgent=urgent):
                 return
             running += 1
+
+    def _free_slots(self, keep: Collection[ModelName]) -> None:
+        """Other models hold all slots: one of them must park what it runs."""
+        if any(entry.leaving for entry in self._book.models.values()):
+            return
+        for name in self._kv_victims(keep):
+            if any(s.slot is not None for s in self._book.models[name].members.values()):
+                self._send_away(name, "kv")
+                return
 
     def _admit_one(
         self,
@@ -296,8 +310,8 @@ class Mover:
         return missing <= memory.kv.num_free
 
     def extend(self, entry: ModelEntry, state: RequestState, positions: int) -> bool:
-        """Pages for positions 0..positions-1. If there is no room, something is set in motion
-        that will make it, and the row waits."""
+        """Pages for positions 0..positions-1. If there is no room, what other models can give is
+        set in motion, and the row waits."""
         memory = self._book.memory(entry.spec.name)
         missing = memory.pages_for(positions) - len(state.pages)
         if missing <= 0:
@@ -306,18 +320,17 @@ class Mover:
         if self._reserve(entry, missing, keep, may_evict=True):
             state.pages += memory.kv.take(missing)
             return True
-        if not self.coming_granules():
-            self._shed(entry, state)
         return False
 
-    def _shed(self, entry: ModelEntry, needy: RequestState) -> None:
-        """Nothing more can come from other models: park the youngest of this one's requests. A
-        request alone that cannot grow is computed anew, in a KV range without holes."""
+    def shed(self, entry: ModelEntry, needy: RequestState, spare: list[RequestState]) -> None:
+        """If nothing more can come from other models: park the youngest of this one's requests,
+        unless it is in the step being planned (`spare`; then its turn comes next time). A request
+        alone that cannot grow is computed anew, in a KV range without holes."""
         holders = [s for s in entry.members.values() if s.pages]
-        if any(s.copying for s in holders):
+        if self.coming_granules() or any(s.copying for s in holders):
             return
         youngest = max(holders, key=lambda s: (s.request.priority, s.request.arrival_ns, s.id))
-        if not youngest.idle:
+        if not youngest.idle or youngest in spare:
             return
         if len(holders) == 1:
             self._book.requeue(needy)

@@ -262,13 +262,18 @@ class UnitScheduler:
     def _decide(self) -> None:
         self._check_deadlines()
         for _ in range(MAX_ROUNDS):
-            before = len(self._book.actions) + len(self._book.notices)
+            before = self._progress()
             passed = self._round()
-            if not passed and len(self._book.actions) + len(self._book.notices) == before:
+            if not passed and self._progress() == before:
                 break
         self._forget_unassigned()
 
+    def _progress(self) -> tuple[int, int, int]:
+        book = self._book
+        return len(book.actions), len(book.notices), book.changes
+
     def _round(self) -> bool:
+        """True if the turn has passed."""
         book, turns = self._book, self._turns
         self._mover.settle_maps()
         book.reap()

@@ -70,22 +70,22 @@ class Stepper:
         states: list[RequestState] = []
         repeat = self._repeat(entry, ready, decode) if may_repeat else 1
         budget = unit.max_step_tokens
-        for state in decode:
-            if budget and self._mover.extend(entry, state, state.planned + repeat):
-                rows.append(self._row(state, 1))
-                states.append(state)
-                budget -= 1
-        for state in ready:
+        needy: RequestState | None = None
+        for state in [*decode, *(s for s in ready if s.length - s.planned > 1)]:
+            if not budget or len(rows) >= unit.max_rows:
+                break
             left = state.length - state.planned
-            if left <= 1 or not budget or len(rows) >= unit.max_rows:
-                continue
-            # A row whose own draw is in flight would need an id that is not known here.
-            assert not state.draws_in_flight
+            # A prefill row whose own draw is in flight would need an id that is not known here.
+            assert left == 1 or not state.draws_in_flight
             num_tokens = min(left, budget)
-            if self._mover.extend(entry, state, state.planned + num_tokens):
+            if self._mover.extend(entry, state, state.planned + num_tokens + repeat - 1):
                 rows.append(self._row(state, num_tokens))
                 states.append(state)
                 budget -= num_tokens
+            else:
+                needy = needy or state
+        if needy is not None:
+            self._mover.shed(entry, needy, spare=states)
         return rows, states, repeat
 
     def _repeat(
