@@ -8,7 +8,7 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from weft.core.actions import Interrupt, Load, Run, UnitAction
@@ -127,6 +127,8 @@ class ActionBook:
             self._emit(event)
             if event.action in self._issued:
                 self._issued.remove(event.action)
+                if not ok:
+                    self._deps.fail_late(event.action)
             else:
                 self._release(self._deps.finish(event.action, ok=ok))
 
@@ -153,6 +155,11 @@ class ActionBook:
         with self._lock:
             return any(_model_of(action) == model for action in self._actions.values())
 
+    def any_in_flight(self, actions: Iterable[ActionId]) -> bool:
+        """Whether any of these has not ended yet."""
+        with self._lock:
+            return any(action in self._actions for action in actions)
+
     @property
     def in_flight(self) -> int:
         with self._lock:
@@ -175,10 +182,17 @@ class ActionBook:
         return self._fd
 
     def wake(self) -> None:
-        """Make the descriptor readable: `poll` may find something. Any thread."""
+        """Make the descriptor readable: `poll` may find something. Any thread, also from inside
+        `dispatch`; not after `end_close`."""
+        if self._fd >= 0:
+            os.eventfd_write(self._fd, 1)
+
+    def drain(self) -> Sequence[UnitEvent]:
+        """Like `poll`, but the descriptor stays as it is: nothing that woke it is lost."""
         with self._lock:
-            if self._fd >= 0:
-                os.eventfd_write(self._fd, 1)
+            events = tuple(self._events)
+            self._events.clear()
+        return events
 
     def begin_close(self) -> None:
         """Fail everything that has not started; what runs should end soon (`interrupted`)."""

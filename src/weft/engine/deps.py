@@ -97,6 +97,10 @@ class Dependencies:
                     ready.append(dependent)
         return Released(ready=tuple(sorted(ready)), failed=tuple(sorted(failed)))
 
+    def fail_late(self, action: int) -> None:
+        """An action that was finished as good turned out bad: what is added after it fails."""
+        self._remember_failure(action)
+
     def is_unfinished(self, action: int) -> bool:
         return action in self._waiting or action in self._started
 

@@ -68,15 +68,19 @@ class HostRegistry:
             good = [chunk for chunk, error in self._done.items() if error is None]
             return sum(self._size(chunk) for chunk in good)
 
+    def stop(self) -> None:
+        """Register nothing more; who waits for what is not registered gets RegistrationFailed."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
     def close(self) -> None:
         """Stop, and unregister everything. No copy may be in flight. Idempotent.
 
         Raises the first failure to unregister, after having tried all.
         """
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join()
+        self.stop()
         failures: list[Exception] = []
         for chunk, error in list(self._done.items()):
             if error is None:
