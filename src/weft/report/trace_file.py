@@ -1,6 +1,7 @@
 """Reads the trace a worker writes (`weft.worker.trace` documents the format)."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -78,18 +79,33 @@ def read_worker_trace(path: Path) -> tuple[Header, list[Span]]:
         raise WeftError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def find_switch(spans: list[Span], margin_s: float = 0.05) -> tuple[int, int]:
-    """(begin, end) in ns around the busiest switch: the Load with most bytes parked or resumed
-    near it, with a margin before and after. Raises WeftError where nothing was loaded."""
+def find_switch(spans: list[Span], margin_s: float = 0.02) -> tuple[int, int]:
+    """(begin, end) in ns around the switch that moved most KV, from the load of the next model (or
+    the last step of the one before, if that began earlier) to the end of the next one's first step,
+    with a margin on both sides. A switch that loaded its model once is preferred to one that had to
+    load it again. Raises WeftError if no model followed another after a load."""
     margin = round(margin_s * 1e9)
-    loads = [span for span in spans if span.kind == "Load" and span.ok]
-    if not loads:
-        raise WeftError("no model was loaded in this trace; there is no switch to draw")
-
-    def moved(load: Span) -> int:
-        low, high = load.begin_ns - margin, load.done_ns + margin
-        near = (s for s in spans if s.kind == "CopyKv" and s.done_ns > low and s.begin_ns < high)
-        return sum(span.bytes for span in near)
-
-    best = max(loads, key=moved)
-    return best.begin_ns - margin, best.done_ns + margin
+    best: tuple[tuple[bool, int], int, int] | None = None
+    runs = [span for span in spans if span.kind == "Run" and span.ok]
+    all_loads = [span for span in spans if span.kind == "Load" and span.ok]
+    copies = [span for span in spans if span.kind == "CopyKv"]
+    turn_began = runs[0].begin_ns if runs else 0
+    for before, after in pairwise(runs):
+        if before.model == after.model:
+            continue
+        loads = [
+            span
+            for span in all_loads
+            if span.model == after.model and turn_began <= span.begin_ns < after.done_ns
+        ]
+        turn_began = after.begin_ns
+        if not loads:
+            continue
+        begin, end = min(loads[0].begin_ns, before.begin_ns) - margin, after.done_ns + margin
+        moved = sum(span.bytes for span in copies if span.done_ns > begin and span.begin_ns < end)
+        score = (len(loads) == 1, moved)
+        if best is None or score > best[0]:
+            best = (score, begin, end)
+    if best is None:
+        raise WeftError("no model followed another after a load in this trace; no switch to draw")
+    return best[1], best[2]

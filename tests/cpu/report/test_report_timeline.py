@@ -70,12 +70,28 @@ def test_a_line_cut_short_by_a_kill_is_passed_over_only_at_the_end() -> None:
         parse_worker_trace(["nonsense"])
 
 
-def test_finds_the_switch_with_its_parking() -> None:
+def test_finds_the_switch_that_moved_most_and_was_clean() -> None:
     _, spans = parse_worker_trace(a_switch())
-    begin, end = find_switch(spans, margin_s=0.005)
-    assert (begin, end) == (11 * MS, 35 * MS)
-    with pytest.raises(WeftError, match="no model was loaded"):
+    assert find_switch(spans, margin_s=0.005) == (-5 * MS, 41 * MS)
+    run = {"rows": 1, "prefill_rows": 0, "iterations": 1, "tokens": 1}
+    bigger = [
+        line(20, "Load", 50, 60, model="a", bytes=5_000_000, granules=5),
+        line(21, "CopyKv", 61, 65, model="b", bytes=9_000_000, to="host"),
+        line(22, "Run", 66, 70, model="a", **run),
+    ]
+    _, spans = parse_worker_trace([*a_switch(), *bigger])
+    assert find_switch(spans, margin_s=0) == (20 * MS, 70 * MS)
+    twice = line(23, "Load", 46, 48, model="a", bytes=5_000_000, granules=5)
+    _, spans = parse_worker_trace([*a_switch(), twice, *bigger])
+    assert find_switch(spans, margin_s=0) == (0, 36 * MS)
+
+
+def test_says_when_there_is_no_switch() -> None:
+    _, spans = parse_worker_trace(a_switch())
+    with pytest.raises(WeftError, match="no switch to draw"):
         find_switch(spans[:3])
+    with pytest.raises(WeftError, match="no switch to draw"):
+        find_switch([])
 
 
 def test_the_picture_has_a_lane_a_kind_and_a_bar_an_action() -> None:
