@@ -6,7 +6,13 @@ pool's own view (`PoolCollector`, read when scraped).
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -39,6 +45,7 @@ class Metrics:
     """The metrics of one frontend, with a registry of their own."""
 
     def __init__(self, hub: Hub) -> None:
+        disable_created_metrics()  # a time of birth per series doubles the page and tells nothing
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "weft_requests",

@@ -17,6 +17,7 @@ from weft.server.errors import ApiError
 from weft.server.metrics import UNKNOWN_MODEL, Metrics
 from weft.server.plan import Plan, find_model, plan_chat, plan_completion
 from weft.server.schemas import ChatRequest, Common, CompletionRequest, parse, read_json
+from weft.server.status import StatusReply
 from weft.server.text import TextService
 
 R = TypeVar("R", bound=Common)
@@ -127,11 +128,9 @@ def operator_routes(front: Frontend) -> APIRouter:
 
     @router.get("/weft/status")
     async def status() -> Response:
-        view = {
-            "version": weft.__version__,
-            "health": front.hub.health(),
-            "pool": front.hub.view(),
-        }
-        return Response(msgspec.json.encode(view), media_type="application/json")
+        reply = StatusReply(
+            version=weft.__version__, health=front.hub.health(), pool=front.hub.view()
+        )
+        return Response(msgspec.json.encode(reply), media_type="application/json")
 
     return router

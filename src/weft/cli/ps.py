@@ -1,0 +1,201 @@
+"""`weft ps`: the pool's view as a table."""
+
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import msgspec
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from weft.cli.units import size_text
+from weft.core.errors import WeftError
+from weft.core.unit import ModelStatus
+from weft.hub.base import UnitView
+from weft.server.status import StatusReply
+
+PLAIN_WIDTH = 160
+TIMEOUT_S = 10.0
+MAX_REPLY_BYTES = 64 << 20
+
+Rates = dict[tuple[int, str], float]
+"""Tokens a second by unit and model."""
+
+
+def fetch(url: str) -> StatusReply:
+    """Raises WeftError."""
+    base = url.rstrip("/").removesuffix("/v1")
+    if not base.startswith(("http://", "https://")):
+        raise WeftError(f"{url!r} is no URL; write one such as http://127.0.0.1:8321")
+    try:
+        with urllib.request.urlopen(f"{base}/weft/status", timeout=TIMEOUT_S) as reply:
+            body = reply.read(MAX_REPLY_BYTES)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise WeftError(f"{base} answers {error.code} to /weft/status; is it weft?") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        reason = getattr(reason, "strerror", None) or reason
+        raise WeftError(
+            f"no server at {base} ({reason}); start one with `weft serve`, or give --url"
+        ) from None
+    try:
+        return msgspec.json.decode(body, type=StatusReply)
+    except msgspec.DecodeError as error:
+        raise WeftError(f"{base} is not this version of weft: {error}") from None
+
+
+def rates_between(old: StatusReply, new: StatusReply) -> Rates:
+    """Output tokens a second of every model that both views show in the same incarnation."""
+    before = {
+        (unit.unit, unit.incarnation, model.name): (unit.status.at_ns, model.output_tokens)
+        for unit in old.pool.units
+        if unit.status is not None
+        for model in unit.status.models
+    }
+    rates: Rates = {}
+    for unit in new.pool.units:
+        for model in unit.status.models if unit.status else ():
+            known = before.get((unit.unit, unit.incarnation, model.name))
+            if known is None or unit.status is None or unit.status.at_ns <= known[0]:
+                continue
+            span_s = (unit.status.at_ns - known[0]) * 1e-9
+            rates[unit.unit, model.name] = (model.output_tokens - known[1]) / span_s
+    return rates
+
+
+def render(status: StatusReply, rates: Rates | None, *, plain: bool) -> Group:
+    """Lines about the pool and its units, then a row per unit and model."""
+    return Group(*_heads(status), _table(status, rates, plain=plain), *_broken(status))
+
+
+def _heads(status: StatusReply) -> Iterator[Text]:
+    pool, health = status.pool, status.health
+    state = "healthy" if health.healthy else f"STUCK for {health.since_progress_s:.0f} s"
+    yield Text(
+        f"weft {status.version}  {state}{'' if health.ready else ', not ready yet'}  "
+        f"{pool.unfinished} unfinished  host store "
+        f"{size_text(pool.host_store_used_bytes)} of {size_text(pool.host_store_bytes)}"
+    )
+    for unit in pool.units:
+        yield Text(_unit_line(unit))
+
+
+def _unit_line(unit: UnitView) -> str:
+    line = f"unit {unit.unit}  {unit.device}  {'up' if unit.up else 'DOWN'}"
+    if unit.restarts:
+        line += f"  {unit.restarts} restarts"
+    if unit.status is not None:
+        status = unit.status
+        used = status.num_granules - status.free_granules
+        line += (
+            f"  arena {used} of {status.num_granules} granules"
+            f"  parked KV {size_text(status.host_used_bytes)} of {size_text(status.host_bytes)}"
+            f"  copied {size_text(status.bytes_copied)}"
+        )
+    return line
+
+
+_COLUMNS = (
+    "MODEL",
+    "UNIT",
+    "STATE",
+    "TURN",
+    "QUEUED",
+    "RUNNING",
+    "PARKED",
+    "WEIGHTS",
+    "KV",
+    "PAGES",
+    "IN",
+    "OUT",
+    "PROMPT TOK",
+    "OUTPUT TOK",
+    "TOK/S",
+)
+
+
+def _table(status: StatusReply, rates: Rates | None, *, plain: bool) -> Table:
+    table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in _COLUMNS:
+        right = name not in ("MODEL", "STATE", "TURN")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for unit in status.pool.units:
+        for model in unit.status.models if unit.status else ():
+            rate = None if rates is None else rates.get((unit.unit, model.name))
+            style = "bold" if model.turn and not plain else None
+            table.add_row(*_cells(unit.unit, model, rate), style=style)
+    return table
+
+
+def _cells(unit: int, model: ModelStatus, rate: float | None) -> list[str]:
+    numbers = (
+        model.queued,
+        model.running,
+        model.parked,
+        model.weight_granules,
+        model.kv_granules,
+        model.kv_pages_used,
+        model.switches_in,
+        model.switches_out,
+        model.prompt_tokens,
+        model.output_tokens,
+    )
+    return [
+        model.name,
+        str(unit),
+        model.state,
+        "turn" if model.turn else "",
+        *(str(number) for number in numbers),
+        "-" if rate is None else f"{rate:.1f}",
+    ]
+
+
+def _broken(status: StatusReply) -> Iterator[Text]:
+    for card in status.pool.models:
+        if card.failed is not None:
+            yield Text(f"{card.name} cannot be served: {card.failed}")
+
+
+def make_console() -> Console:
+    """As wide as the table needs when the output is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def show(url: str) -> None:
+    """Print the view once. Raises WeftError."""
+    status = fetch(url)
+    console = make_console()
+    console.print(render(status, None, plain=not console.is_terminal))
+
+
+def watch_status(url: str, interval_s: float) -> None:
+    """Print it again and again until interrupted. Raises WeftError."""
+    console = make_console()
+    plain = not console.is_terminal
+    old = fetch(url)
+    try:
+        if plain:
+            console.print(render(old, None, plain=True))
+            for view in _views(url, old, interval_s, plain=True):
+                console.print()
+                console.print(view)
+        else:
+            with Live(render(old, None, plain=False), console=console, screen=False) as live:
+                for view in _views(url, old, interval_s, plain=False):
+                    live.update(view, refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def _views(url: str, old: StatusReply, interval_s: float, *, plain: bool) -> Iterator[Group]:
+    while True:
+        time.sleep(interval_s)
+        new = fetch(url)
+        yield render(new, rates_between(old, new), plain=plain)
+        old = new
