@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from support.pool_cases import kv, request, spec, status
 from weft.core.actions import Emit
@@ -34,7 +40,7 @@ from weft.pool.scheduler import PoolScheduler
 from weft.pool.units import NS, Limits
 
 MODELS = ("a", "b")
-UNITS = (0, 1, 2)
+UNITS = (0, 1)
 
 
 def answer(request_id: int, index: int) -> int:
@@ -94,7 +100,7 @@ class PoolMachine(RuleBasedStateMachine):
         for event in events:
             if isinstance(event, ev.UnitUp):
                 unit = self.units[event.unit]
-                if event.incarnation == unit.incarnation:
+                if unit.up and event.incarnation == unit.incarnation:
                     unit.host = {r: k for r, k in unit.host.items() if r in unit.done}
 
     def carry_out(self, action: PoolAction) -> None:
@@ -148,7 +154,23 @@ class PoolMachine(RuleBasedStateMachine):
 
     # ---------------------------------------------------------------- what happens
 
-    @rule(model=st.sampled_from([*MODELS, "nobody"]), max_tokens=st.integers(1, 5))
+    @initialize(warm=st.booleans())
+    def begin(self, warm: bool) -> None:
+        if warm:
+            for model in MODELS:
+                self.an_image_is_ready(model)
+            for unit in UNITS:
+                self.a_worker_comes_up(unit)
+
+    @rule(
+        asks=st.lists(
+            st.tuples(st.sampled_from("aaaabbx"), st.integers(1, 6)), min_size=1, max_size=3
+        )
+    )
+    def clients_ask(self, asks: list[tuple[str, int]]) -> None:
+        for model, max_tokens in asks:
+            self.a_client_asks(model, max_tokens)
+
     def a_client_asks(self, model: str, max_tokens: int) -> None:
         self.last_id += 1
         self.clients[self.last_id] = Client(model, max_tokens)
@@ -156,7 +178,7 @@ class PoolMachine(RuleBasedStateMachine):
         deadline_ns = self.now_ns + 30 * NS
         new = request(self.last_id, model, max_tokens=max_tokens, hold_deadline_ns=deadline_ns)
         self.tell(ev.NewRequest(request=new))
-        refuse = full or model in self.failed or model == "nobody"
+        refuse = full or model in self.failed or model == "x"
         if refuse:
             assert self.last_id in self.rejected
 
@@ -176,6 +198,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.tell(ev.ModelReady(model=ModelName(model)))
 
     @rule(model=st.just("b"))
+    @precondition(lambda self: self.last_id > 12)
     def a_model_fails(self, model: str) -> None:
         self.failed.add(model)
         self.tell(ev.ModelFailed(model=ModelName(model), reason="torn"))
@@ -187,14 +210,17 @@ class PoolMachine(RuleBasedStateMachine):
             unit.up = True
             self.tell(ev.UnitUp(unit=unit_id, incarnation=unit.incarnation))
 
-    @rule(unit_id=st.sampled_from(UNITS))
-    def a_worker_dies(self, unit_id: int) -> None:
+    @rule(unit_id=st.sampled_from(UNITS), back=st.booleans())
+    def a_worker_dies(self, unit_id: int, back: bool = False) -> None:
         unit = self.units[unit_id]
         if unit.alive:
             unit.alive = unit.up = False
             unit.done, unit.assigned, unit.stepping = {}, set(), ()
             lost = ev.UnitLost(unit=unit_id, incarnation=unit.incarnation, cause="killed")
             self.tell(lost)
+            if back:
+                self.time_passes()
+                self.a_worker_comes_up(unit_id)
 
     def pick(self, data: st.DataObject) -> tuple[int, FakeUnit, int]:
         """A unit and a request on it."""
@@ -240,14 +266,20 @@ class PoolMachine(RuleBasedStateMachine):
             )
         )
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.busy())
-    def a_unit_gives_parked_kv_away(self, data: st.DataObject) -> None:
-        unit_id, unit, request_id = self.pick(data)
-        unit.host.pop(request_id, None)
+    def parked_somewhere(self) -> list[tuple[int, int]]:
+        return [(u, r) for u, unit in self.units.items() for r in unit.host if r in unit.done]
+
+    @rule(data=st.data(), then_dies=st.booleans())
+    @precondition(lambda self: self.parked_somewhere())
+    def a_unit_gives_parked_kv_away(self, data: st.DataObject, then_dies: bool) -> None:
+        unit_id, request_id = data.draw(st.sampled_from(self.parked_somewhere()))
+        unit = self.units[unit_id]
+        del unit.host[request_id]
         self.tell(
             ev.KvGoneAt(unit=unit_id, incarnation=unit.incarnation, request=RequestId(request_id))
         )
+        if then_dies:
+            self.a_worker_dies(unit_id, back=True)
 
     @rule(data=st.data())
     @precondition(lambda self: self.busy())
@@ -312,9 +344,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_for_nothing(self) -> None:
-        """A held request has something that will end its wait: a unit to come, or a deadline."""
-        if self.brain.held:
-            assert self.wake_ns is not None
+        """A held request has something that will end its wait: a worker or an image on its way, a
+        restart or a deadline."""
+        starting = any(unit.alive and not unit.up for unit in self.units.values())
+        assert not self.brain.held or starting or self.wake_ns is not None
 
     def teardown(self) -> None:
         """Let the world calm down: every request then comes to its end."""
@@ -338,4 +371,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPoolMachine.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
