@@ -18,6 +18,11 @@ CHAT: dict[str, Any] = {"model": "m", "messages": USER}
 TEXT: dict[str, Any] = {"model": "m", "prompt": "hi"}
 MAX_BODY = 1 << 16
 
+
+def said(content: Any, role: str = "user") -> dict[str, Any]:
+    return {**CHAT, "messages": [{"role": role, "content": content}]}
+
+
 CHATS: list[tuple[str, Any, int, str | None]] = [
     ("not an object", [1], 400, None),
     ("no model", {"messages": USER}, 400, "model"),
@@ -30,9 +35,9 @@ CHATS: list[tuple[str, Any, int, str | None]] = [
     ("messages empty", {**CHAT, "messages": []}, 400, "messages"),
     ("messages an object", {**CHAT, "messages": {}}, 400, "messages"),
     ("message a text", {**CHAT, "messages": ["hi"]}, 400, "messages[0]"),
-    ("role unknown", {**CHAT, "messages": [{"role": "bot", "content": "a"}]}, 400, "messages[0].role"),
+    ("role unknown", said("a", role="bot"), 400, "messages[0].role"),
     ("no role", {**CHAT, "messages": [{"content": "a"}]}, 400, "messages[0].role"),
-    ("content a number", {**CHAT, "messages": [{"role": "user", "content": 1}]}, 400, None),
+    ("content a number", said(1), 400, None),
     (
         "an image",
         {
@@ -97,9 +102,9 @@ CHATS: list[tuple[str, Any, int, str | None]] = [
     ("tools", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools"),
     ("JSON", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
     ("a penalty", {**CHAT, "presence_penalty": 0.5}, 400, "presence_penalty"),
-    ("too long a chat", {**CHAT, "messages": [{"role": "user", "content": "a" * 5000}]}, 400, "messages"),
-    ("a chat over context", {**CHAT, "messages": [{"role": "user", "content": "@" * 600}]}, 400, None),
-]  # fmt: skip
+    ("too long a chat", said("a" * 5000), 400, "messages"),
+    ("a chat over context", said("@" * 600), 400, None),
+]
 TEXTS: list[tuple[str, Any, int, str | None]] = [
     ("no prompt", {"model": "m"}, 400, "prompt"),
     ("prompt null", {**TEXT, "prompt": None}, 400, "prompt"),
