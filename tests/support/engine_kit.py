@@ -178,7 +178,12 @@ class Engine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Executor and host store."""
         self.executor.close()
+        self.host.close()
 
     def next_id(self) -> ActionId:
         self._last_id += 1

@@ -1,6 +1,6 @@
 """Promise 2: make a plan log by a seeded script, replay it disturbed, compare bits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -162,8 +162,3 @@ def first_difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor])
         if a.shape != b.shape or not torch.equal(a, b):
             return f"iteration {i}: {a.shape} {b.shape}, largest {(a - b).abs().max().item()}"
     return None
-
-
-def models_specs(engine: Engine) -> Mapping[str, object]:
-    """Names to specs."""
-    return {name: model.spec for name, model in engine.models.items()}

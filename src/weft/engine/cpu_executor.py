@@ -30,14 +30,7 @@ from weft.core.ids import ModelName
 from weft.core.model import Architecture, ModelSpec
 from weft.core.unit import UnitSpec
 from weft.engine.base import ImageRef
-from weft.engine.book import (
-    CLOSED,
-    DEPENDENCY,
-    ActionBook,
-    DependencyFailed,
-    ExecutorClosed,
-    LoadProgress,
-)
+from weft.engine.book import ActionBook, DependencyFailed, ExecutorClosed, LoadProgress
 from weft.engine.checksums import ChecksumError, Checksums, checksum
 from weft.engine.copies import (
     copy_pieces,
@@ -46,19 +39,17 @@ from weft.engine.copies import (
     page_fragments,
     range_pieces,
 )
+from weft.engine.failures import failure
+from weft.engine.mapped import check_pages_mapped, check_weights_mapped
 from weft.engine.runner import BoundModel, LogitsTap, Runner, bind_model
 from weft.memory.arena_cpu import CpuArena
-from weft.memory.base import UNMAPPED, ArenaError, mapping_difference
+from weft.memory.base import mapping_difference
 from weft.memory.host_store import HostStore
 
 log = logging.getLogger(__name__)
 
 REPORT_NS = 5_000_000
 """A repeated Run reports what it has drawn at least this often."""
-
-_CONTRADICTIONS = (ArenaError, ChecksumError, ValueError, TypeError, LookupError, AssertionError)
-"""Failures that would come again: a contradiction between scheduler and executor, or bytes that
-are wrong. Everything else (memory, the system, a kernel) may pass: retryable."""
 
 
 class CpuExecutor:
@@ -185,17 +176,10 @@ class CpuExecutor:
                     return self._remap(action)
                 case Interrupt():
                     raise ValueError("an interrupt is not executed")
-        except DependencyFailed:
-            return Failed(action=action.id, cause=DEPENDENCY)
-        except ExecutorClosed:
-            return Failed(action=action.id, cause=CLOSED)
         except Exception as error:
-            log.warning("action %d failed", action.id, exc_info=True)
-            return Failed(
-                action=action.id,
-                cause=repr(error),
-                retryable=not isinstance(error, _CONTRADICTIONS),
-            )
+            if not isinstance(error, DependencyFailed | ExecutorClosed):
+                log.warning("action %d failed", action.id, exc_info=True)
+            return failure(action.id, error)
 
     # -- actions --------------------------------------------------------------------------------
 
@@ -207,7 +191,7 @@ class CpuExecutor:
         step = runner.prepare(model, plan)
         try:
             if self.checksums is not None:
-                self._check_mapped(plan, model, weights=progress is None)
+                self._check_step(plan, model, weights=progress is None)
             before_layer = None if progress is None else _waits(progress)
             tokens: list[tuple[int, ...]] = []
             times_ns: list[int] = []
@@ -270,7 +254,7 @@ class CpuExecutor:
         begin_ns = time.monotonic_ns()
         pieces = kv_pieces(action.pages, page_bytes, action.extents, self.unit.host_chunk_bytes)
         if self.checksums is not None:
-            self._check_pages_mapped(model, action.pages, f"request {action.request}")
+            self._check_pages(model, action.pages, f"request {action.request}")
         copied = copy_pieces(pieces, host, model.kv_bytes, action.to)
         if self.checksums is not None:
             self._check_kv(self.checksums, action, model, host)
@@ -310,26 +294,21 @@ class CpuExecutor:
         else:
             sums.check_resumed(action.request, places, on_device)
 
-    def _check_mapped(self, plan: StepPlan, model: BoundModel, *, weights: bool) -> None:
+    def _check_step(self, plan: StepPlan, model: BoundModel, *, weights: bool) -> None:
         """Every page the step reads or writes, and (unless it follows a load) the weights."""
-        with self._arena_lock:
-            held = self._arena.mapped()[f"{model.spec.name}/weights"]
-        if weights and UNMAPPED in held:
-            raise ArenaError(f"{model.spec.name}: a step without its weights")
+        if weights:
+            with self._arena_lock:
+                held = self._arena.mapped()[f"{model.spec.name}/weights"]
+            check_weights_mapped(model.spec, held)
         for row in plan.rows:
             end = row.start + row.num_tokens + plan.repeat - 1
             pages = model.page_table[row.slot, : -(-end // model.spec.page_tokens)].tolist()
-            self._check_pages_mapped(model, pages, f"request {row.request}")
+            self._check_pages(model, pages, f"request {row.request}")
 
-    def _check_pages_mapped(self, model: BoundModel, pages: Sequence[int], who: str) -> None:
-        page_bytes, granule_bytes = model.spec.page_bytes, self.unit.granule_bytes
+    def _check_pages(self, model: BoundModel, pages: Sequence[int], who: str) -> None:
         with self._arena_lock:
             held = self._arena.mapped()[f"{model.spec.name}/kv"]
-        for page in pages:
-            first = page * page_bytes // granule_bytes
-            last = ((page + 1) * page_bytes - 1) // granule_bytes
-            if last >= len(held) or UNMAPPED in held[first : last + 1]:
-                raise ArenaError(f"{model.spec.name}: page {page} of {who} is not mapped")
+        check_pages_mapped(model.spec, self.unit.granule_bytes, held, pages, who)
 
     def _model(self, name: ModelName) -> BoundModel:
         try:

@@ -11,20 +11,19 @@ from dataclasses import dataclass
 
 import torch
 
-from weft.memory.base import RANGE_NAMES, UNMAPPED, ArenaError, RangeName, range_granules
+from weft.memory.base import RANGE_NAMES, ArenaError, RangeName, range_granules
+from weft.memory.mappings import Mappings
 
 # Absent from the mmap module before Python 3.13; the value is Linux's on all its 64-bit ports.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _HUGE_PAGE_BYTES = 2 << 20
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Range:
     memory: mmap.mmap
     tensor: torch.Tensor
     """uint8 over the whole mapping; keeps it alive."""
-    at: list[int]
-    """Granule at every virtual granule, UNMAPPED where none."""
 
 
 class CpuArena:
@@ -40,10 +39,9 @@ class CpuArena:
         if num_granules < 0:
             raise ValueError(f"num_granules is {num_granules}")
         self._granule_bytes = granule_bytes
-        self._num_granules = num_granules
+        self._mappings = Mappings(num_granules)
         self._poison = poison
         self._ranges: dict[tuple[str, RangeName], _Range] = {}
-        self._owner: dict[int, tuple[str, RangeName, int]] = {}
 
     @property
     def granule_bytes(self) -> int:
@@ -51,12 +49,12 @@ class CpuArena:
 
     @property
     def num_granules(self) -> int:
-        return self._num_granules
+        return self._mappings.num_granules
 
     @property
     def mapped_granules(self) -> int:
         """Granules mapped now, at most `num_granules`."""
-        return len(self._owner)
+        return self._mappings.num_mapped
 
     def reserve(self, model: str, weights_bytes: int, kv_bytes: int) -> None:
         if (model, RANGE_NAMES[0]) in self._ranges:
@@ -66,59 +64,44 @@ class CpuArena:
             for name, num_bytes in zip(RANGE_NAMES, (weights_bytes, kv_bytes), strict=True)
         ]
         for name, new in made:
+            self._mappings.add(model, name, new.tensor.numel() // self._granule_bytes)
             self._ranges[model, name] = new
 
     def map(
         self, model: str, range_name: RangeName, at: Sequence[int], granules: Sequence[int]
     ) -> None:
-        target = self._range(model, range_name)
-        self._check_order(target, at, granules)
+        self._mappings.check_map(model, range_name, at, granules)
         for place, granule in zip(at, granules, strict=True):
-            if target.at[place] != UNMAPPED:
-                raise ArenaError(
-                    f"{model}/{range_name}[{place}] holds granule {target.at[place]} already"
-                )
-            if granule in self._owner:
-                owner = self._owner[granule]
-                raise ArenaError(
-                    f"granule {granule} is mapped at {owner[0]}/{owner[1]}[{owner[2]}]"
-                )
-        for place, granule in zip(at, granules, strict=True):
-            target.at[place] = granule
-            self._owner[granule] = (model, range_name, place)
+            self._mappings.enter(model, range_name, place, granule)
             if self._poison:
                 begin = place * self._granule_bytes
-                target.tensor[begin : begin + self._granule_bytes].fill_(0xFF)
+                fresh = self._ranges[model, range_name].tensor[begin : begin + self._granule_bytes]
+                fresh.fill_(0xFF)
 
     def unmap(
         self, model: str, range_name: RangeName, at: Sequence[int], granules: Sequence[int]
     ) -> None:
-        target = self._range(model, range_name)
-        self._check_order(target, at, granules)
-        for place, granule in zip(at, granules, strict=True):
-            if target.at[place] != granule:
-                raise ArenaError(
-                    f"{model}/{range_name}[{place}] holds granule {target.at[place]}, not {granule}"
-                )
-        for place, granule in zip(at, granules, strict=True):
-            target.at[place] = UNMAPPED
-            del self._owner[granule]
-            target.memory.madvise(
+        self._mappings.check_unmap(model, range_name, at, granules)
+        for place in at:
+            self._mappings.leave(model, range_name, place)
+            self._ranges[model, range_name].memory.madvise(
                 mmap.MADV_DONTNEED, place * self._granule_bytes, self._granule_bytes
             )
 
     def tensor(self, model: str, range_name: RangeName) -> torch.Tensor:
-        return self._range(model, range_name).tensor
+        try:
+            return self._ranges[model, range_name].tensor
+        except KeyError:
+            raise ArenaError(f"{model}/{range_name} is not reserved") from None
 
     def mapped(self) -> dict[str, tuple[int, ...]]:
-        return {f"{model}/{name}": tuple(r.at) for (model, name), r in self._ranges.items()}
+        return self._mappings.mapped()
 
     def release(self, model: str) -> None:
         for name in RANGE_NAMES:
-            held = [g for g in self._range(model, name).at if g != UNMAPPED]
-            if held:
-                raise ArenaError(f"{model}/{name} still holds granules {held[:8]}")
+            self._mappings.check_empty(model, name)
         for name in RANGE_NAMES:
+            self._mappings.remove(model, name)
             del self._ranges[model, name]
 
     def close(self) -> None:
@@ -127,7 +110,7 @@ class CpuArena:
         for target in self._ranges.values():
             target.memory.madvise(mmap.MADV_DONTNEED)
         self._ranges.clear()
-        self._owner.clear()
+        self._mappings = Mappings(self.num_granules)
 
     def _new_range(self, num_bytes: int) -> _Range:
         count = max(1, range_granules(num_bytes, self._granule_bytes))
@@ -139,25 +122,7 @@ class CpuArena:
         if self._granule_bytes % _HUGE_PAGE_BYTES:
             # A huge page would hold memory beyond the granule that was touched.
             memory.madvise(mmap.MADV_NOHUGEPAGE)
-        return _Range(memory, torch.frombuffer(memory, dtype=torch.uint8), [UNMAPPED] * count)
-
-    def _range(self, model: str, range_name: RangeName) -> _Range:
-        try:
-            return self._ranges[model, range_name]
-        except KeyError:
-            raise ArenaError(f"{model}/{range_name} is not reserved") from None
-
-    def _check_order(self, target: _Range, at: Sequence[int], granules: Sequence[int]) -> None:
-        if len(at) != len(granules):
-            raise ArenaError(f"{len(at)} places for {len(granules)} granules")
-        if len(set(at)) != len(at) or len(set(granules)) != len(granules):
-            raise ArenaError("a place or a granule is named twice in one order")
-        for place in at:
-            if not 0 <= place < len(target.at):
-                raise ArenaError(f"virtual granule {place} is outside 0 .. {len(target.at) - 1}")
-        for granule in granules:
-            if not 0 <= granule < self._num_granules:
-                raise ArenaError(f"granule {granule} is outside 0 .. {self._num_granules - 1}")
+        return _Range(memory, torch.frombuffer(memory, dtype=torch.uint8))
 
 
 def resident_bytes(tensor: torch.Tensor) -> int:

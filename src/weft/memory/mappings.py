@@ -23,11 +23,14 @@ class Mappings:
             raise ArenaError(f"{model!r} is reserved already")
         self._at[model, range_name] = [UNMAPPED] * granules
 
-    def remove(self, model: str, range_name: RangeName) -> None:
-        """Forget a range. Raises ArenaError if something is mapped in it."""
+    def check_empty(self, model: str, range_name: RangeName) -> None:
         held = [g for g in self._range(model, range_name) if g != UNMAPPED]
         if held:
             raise ArenaError(f"{model}/{range_name} still holds granules {held[:8]}")
+
+    def remove(self, model: str, range_name: RangeName) -> None:
+        """Forget a range. Raises ArenaError if something is mapped in it."""
+        self.check_empty(model, range_name)
         del self._at[model, range_name]
 
     def check_map(

@@ -425,7 +425,7 @@ def test_close_ends_every_action_once(models: dict[str, TinyModel]) -> None:
     after = engine.map_kv("a", {0: 1})
     engine.executor.submit(after)
     assert engine.executor.poll() == (Failed(action=after.id, cause="closed"),)
-    engine.executor.close()
+    engine.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("weft-")]
 
 
