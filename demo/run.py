@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import importlib.util
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,12 +24,16 @@ import models as demo_models
 import torch
 from rich.console import Console
 
+from weft.core.errors import WeftError
 from weft.replay import cli as replay
 from weft.replay.client import Settings
 from weft.replay.records import Result
+from weft.report.timeline import timeline_svg
+from weft.report.trace_file import find_switch, read_worker_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".demo"
+TRACES = WORK / "trace"
 TRACE = ROOT / "demo" / "data" / "azure_llm_2023_slice.csv"
 SPEAKER = ROOT / "demo" / "speaker"
 
@@ -79,7 +84,7 @@ def serving(pool: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`weft serve`, stopped at the end whatever happens."""
     with log.open("wb") as out:
         server = subprocess.Popen(
-            [sys.executable, "-m", "weft.cli.main", "serve", str(pool)],
+            [sys.executable, "-m", "weft.cli.main", "serve", str(pool), "--trace", str(TRACES)],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -137,6 +142,20 @@ def replay_trace(url: str, args: argparse.Namespace, console: Console) -> Result
     return asyncio.run(
         replay.replay_workload(workload, settings, models=None, text=None, console=console)
     )
+
+
+def draw_switch(console: Console) -> None:
+    """A picture of the switch that moved most, from the trace of the worker that ran longest."""
+    traces = sorted(TRACES.glob("trace-unit*.jsonl"), key=lambda path: path.stat().st_size)
+    try:
+        header, spans = read_worker_trace(traces[-1])
+        begin_ns, end_ns = find_switch(spans)
+        svg = timeline_svg(header, spans, begin_ns=begin_ns, end_ns=end_ns)
+    except (IndexError, WeftError) as error:
+        console.print(f"No picture of a switch: {error}", highlight=False, markup=False)
+        return
+    (WORK / "switch.svg").write_text(svg, encoding="utf-8")
+    console.print("A switch as it happened: .demo/switch.svg", highlight=False)
 
 
 def print_usage(url: str, console: Console) -> None:
@@ -203,6 +222,7 @@ def demo(args: argparse.Namespace, console: Console, log: Path) -> int:
             f"{result.total.failures} requests failed. Every record: .demo/result.json",
             highlight=False,
         )
+        draw_switch(console)
         code = replay.exit_code(result)
         if not code and console.is_terminal and sys.stdin.isatty():
             print_usage(url, console)
@@ -215,6 +235,7 @@ def main() -> int:
     args, console = arguments(), replay.make_console()
     WORK.mkdir(exist_ok=True)
     log = WORK / "server.log"
+    shutil.rmtree(TRACES, ignore_errors=True)
     # Ended from outside, it stops the server as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

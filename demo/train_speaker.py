@@ -6,7 +6,8 @@ public-domain text of Shakespeare's plays, written as a checkpoint in Hugging Fa
 Needs torch, tokenizers and rich; nothing of weft. About a minute on a data-centre GPU.
 
 The text is about 430 thousand tokens, so the model would soon know it by heart: dropout, weight
-decay and early stopping on the last 5 % of the text (which is never trained on) hold it back.
+decay and early stopping on the last 5 % of the text (which is never trained on) hold it back. How
+long is long enough is tried rather than guessed: a few runs, of which the best is kept.
 Two kinds of samples are mixed: plain windows of the text, for completions; and scenes, for chat:
 `<|scene|>` first, then whole speeches, each ended by `<|end|>`, so that an answer knows its end.
 
@@ -233,8 +234,22 @@ def write_sample(model: Speaker, tokenizer: Tokenizer, prompt: str, device: str)
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One training run: its length, on which the learning rate's decay depends, and dropout."""
+
+    steps: int
+    dropout: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Trial":
+        steps, _, dropout = text.partition(":")
+        return cls(steps=int(steps), dropout=float(dropout or 0.2))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
+    trial: Trial
     step: int = 0
     loss: float = math.inf
     state: dict[str, torch.Tensor] | None = None
@@ -256,30 +271,37 @@ def rate_at(done: float, step: int, lr: float) -> float:
 
 
 def train(
-    model: Speaker, samples: Samples, held_out: torch.Tensor, args: argparse.Namespace
+    model: Speaker,
+    samples: Samples,
+    held_out: torch.Tensor,
+    trial: Trial,
+    args: argparse.Namespace,
+    minutes: float,
 ) -> Outcome:
-    """Up to --steps steps or --minutes, whichever comes first; the best weights seen win."""
+    """Up to trial.steps or `minutes`, whichever comes first; the best weights seen win."""
     autocast = lambda: torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")  # noqa: E731
     optimizer = optimizer_of(model, args)
-    best, worse, began = Outcome(), 0, time.monotonic()
+    best, worse, began = Outcome(trial=trial), 0, time.monotonic()
     console = Console()
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("", total=1.0)
-        for step in range(args.steps + 1):
-            spent = (time.monotonic() - began) / (60 * args.minutes)
-            done = min(1.0, max(step / args.steps, spent))
+        for step in range(trial.steps + 1):
+            spent = (time.monotonic() - began) / (60 * minutes)
+            done = min(1.0, max(step / trial.steps, spent))
             if step % args.eval_every == 0 or done >= 1.0:
                 loss = held_out_loss(model, held_out, args.device, autocast)
-                text = f"step {step} held-out loss {loss:.3f} (best {min(loss, best.loss):.3f})"
+                text = (
+                    f"{trial.steps} steps, dropout {trial.dropout:g}: step {step} "
+                    f"held-out loss {loss:.3f} (best {min(loss, best.loss):.3f})"
+                )
                 progress.update(bar, completed=done, description=text)
                 if not console.is_terminal:
                     console.print(text)
+                worse += 1
                 if loss < best.loss:
                     state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-                    best, worse = Outcome(step=step, loss=loss, state=state), 0
-                else:
-                    worse += 1
+                    best, worse = Outcome(trial=trial, step=step, loss=loss, state=state), 0
                 if done >= 1.0 or worse >= args.patience:
                     break
             for group in optimizer.param_groups:
@@ -293,6 +315,25 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
     return best
+
+
+def train_all(
+    shape: Shape, text: str, tokenizer: Tokenizer, held_out: torch.Tensor, args: argparse.Namespace
+) -> tuple[Speaker, Outcome]:
+    """Every trial from the same seed; the model of the best, in evaluation mode."""
+    outcomes = []
+    for trial in args.trials:
+        torch.manual_seed(args.seed)
+        model = Speaker(shape, trial.dropout).to(args.device)
+        samples = Samples(text, tokenizer, shape.context, args.seed)
+        minutes = args.minutes / len(args.trials)
+        outcomes.append(train(model, samples, held_out, trial, args, minutes))
+    best = min(outcomes, key=lambda outcome: outcome.loss)
+    if best.state is None:
+        raise SystemExit("no finite held-out loss was seen; nothing written. Try a smaller --lr")
+    model = Speaker(shape, 0.0)
+    model.load_state_dict(best.state)
+    return model.to(args.device).eval(), best
 
 
 def export(
@@ -354,9 +395,10 @@ that answers in words: small enough for two CPU cores and a git repository, of n
 - **Data**: {text_bytes:,} bytes of dialogue from William Shakespeare's plays ("tiny Shakespeare",
   see `demo/data/SOURCE.md`), in the public domain. The last 5 % were held out.
 - **Tokenizer**: byte-level BPE trained on the same text; {bytes_per_token:.2f} bytes a token.
-- **Training**: `{command}` ({device}, torch {torch}, seed {seed}): AdamW, batches of {batch}
-  samples, dropout {dropout}, weight decay {decay}, early stopping; best at step {step} of {steps};
-  {seconds:.0f} s. Weights of another machine or version of torch may differ slightly.
+- **Training**: `{command}` ({device}, torch {torch}): AdamW, batches of {batch}
+  samples, weight decay {decay}, early stopping; {trials} runs of different length and dropout in
+  {seconds:.0f} s, of which the best on the held-out text was kept: {steps} steps, dropout
+  {dropout:g}, best at step {step}. Another machine or torch gives slightly other weights.
 - **Held-out loss**: {loss:.3f} nats a token = {bits:.3f} bits a byte.
 - **Chat**: messages become speeches (`user` speaks as First Citizen, `assistant` as MENENIUS), each
   ended by `<|end|>`; the template begins with `<|scene|>`. Plain completions need neither.
@@ -375,17 +417,21 @@ Sample (temperature 0.7, top-k 40), prompt `ROMEO:`:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo's small speaking model.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "speaker")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default=None, help="default: cuda if any"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--minutes", type=float, default=4.0, help="upper bound of training time")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument(
+        "--trials",
+        type=Trial.parse,
+        nargs="+",
+        default=[Trial.parse(text) for text in ("300:0.15", "600:0.2", "1200:0.3")],
+        metavar="STEPS:DROPOUT",
+        help="runs to make; they share --minutes",
+    )
     parser.add_argument("--batch", type=int, default=64, help="samples of --context tokens a step")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--weight-decay", type=float, default=0.3)
     parser.add_argument("--scenes", type=float, default=0.35, help="share of chat-like samples")
-    parser.add_argument("--eval-every", type=int, default=50)
+    parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--patience", type=int, default=8, help="evaluations without a better one")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--layers", type=int, default=5)
@@ -397,7 +443,6 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     text = gzip.decompress(DATA.read_bytes()).decode("utf-8")
     cut = text.index("\n\n", int(len(text) * 0.95)) + 2
@@ -405,16 +450,10 @@ def main() -> None:
     tokenizer = train_tokenizer(text[:cut], shape.vocab_size)
     held_out = torch.tensor(tokenizer.encode(text[cut:]).ids)
     bytes_per_token = len(text[cut:].encode()) / len(held_out)
-    samples = Samples(text[:cut], tokenizer, shape.context, args.seed)
-    model = Speaker(shape, args.dropout).to(args.device)
-    params = sum(p.numel() for p in model.parameters())
-    print(f"{params:,} weights, {len(samples.plain):,} training tokens, on {args.device}")
     began = time.monotonic()
-    best = train(model, samples, held_out, args)
+    model, best = train_all(shape, text[:cut], tokenizer, held_out, args)
     seconds = time.monotonic() - began
-    if best.state is None:
-        raise SystemExit("no finite held-out loss was seen; nothing written. Try a smaller --lr")
-    model.load_state_dict(best.state)
+    params = sum(p.numel() for p in model.parameters())
     sample = write_sample(model, tokenizer, "ROMEO:", args.device)
     card = CARD.format(
         params=params,
@@ -424,15 +463,15 @@ def main() -> None:
         f"vocabulary {shape.vocab_size}",
         text_bytes=len(text.encode()),
         bytes_per_token=bytes_per_token,
-        command=f"demo/train_speaker.py --seed {args.seed} --steps {args.steps}",
+        command=f"demo/train_speaker.py --seed {args.seed}",
         device=torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
         torch=torch.__version__,
-        seed=args.seed,
         batch=args.batch,
-        dropout=args.dropout,
         decay=args.weight_decay,
+        trials=len(args.trials),
+        dropout=best.trial.dropout,
         step=best.step,
-        steps=args.steps,
+        steps=best.trial.steps,
         seconds=seconds,
         loss=best.loss,
         bits=best.loss / math.log(2) / bytes_per_token,
@@ -444,7 +483,8 @@ def main() -> None:
     shutil.copytree(staging, args.out, dirs_exist_ok=True)
     shutil.rmtree(staging)
     print(sample)
-    print(f"best held-out loss {best.loss:.3f} at step {best.step}; wrote {args.out}")
+    print(f"{params:,} weights, held-out loss {best.loss:.3f}: {best.trial}, step {best.step}")
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
