@@ -1,0 +1,21 @@
+"""The process that `PoolProcess` starts: a pool with the workers' checks switched on.
+
+argv: configuration file, folder of its relative paths, "check" or "plain", and the trace folder or
+"-". Prints the URL when it takes connections.
+"""
+
+import sys
+from pathlib import Path
+
+from weft.config.pool_config import parse_pool_config
+from weft.node.app import run_pool
+
+if __name__ == "__main__":
+    file, base_dir, check, trace_dir = sys.argv[1:5]
+    run_pool(
+        parse_pool_config(Path(file).read_text(), source=file),
+        Path(base_dir),
+        check=check == "check",
+        trace_dir=None if trace_dir == "-" else Path(trace_dir),
+        on_ready=lambda url: print(url, flush=True),
+    )
