@@ -13,6 +13,9 @@ from weft.core.request import Sampling
 from weft.sim.plan_record import PlanRecorder, RecordedStep
 from weft.sim.replayer import NOISE_REQUESTS, PlanReplayer
 
+MIN_TOKENS = 2
+"""Stop ids of scripted requests are masked for so many tokens."""
+
 
 @dataclass
 class LogitsLog:
@@ -31,6 +34,7 @@ class _Scripted:
     prompt: list[int]
     wanted: int
     sampling: Sampling
+    stop_ids: tuple[int, ...]
     pages: list[int]
     done: int = 0
     """Prompt tokens in the pool."""
@@ -79,7 +83,9 @@ class _Script:
                 )
                 pages = list(range(page, page + count))
                 page += count
-                scripted = _Scripted(number, prompt, wanted, sampling, pages)
+                few = self.rng.sample(range(model.arch.vocab_size), 6)
+                stops = tuple(few) if self.rng.random() < 0.5 else ()
+                scripted = _Scripted(number, prompt, wanted, sampling, stops, pages)
                 self.left.setdefault(name, []).append(scripted)
                 number += 1
             granules = -(-page * model.spec.page_bytes // engine.unit.granule_bytes)
@@ -96,13 +102,10 @@ class _Script:
         decoding = [s for s in chosen if s.done == len(s.prompt)]
         if decoding and self.rng.random() < 0.5:
             most = min(min(s.wanted - s.drawn for s in decoding), self.engine.unit.max_repeat)
-            repeat = self.rng.randint(1, most)
-            rows = [self._decode(s, repeat) for s in decoding]
+            repeat, chosen = self.rng.randint(1, most), decoding
         else:
             repeat = 1
-            rows = [
-                self._decode(s, 1) if s.done == len(s.prompt) else self._prefill(s) for s in chosen
-            ]
+        rows = [self._decode(s) if s.done == len(s.prompt) else self._prefill(s) for s in chosen]
         run = self.engine.run(name, rows, repeat=repeat)
         self.recorder.submitted(run)
         self.engine.executor.submit(run)
@@ -112,33 +115,41 @@ class _Script:
         )
         self.recorder.ended(events)
         self.engine.collect(events)
+        self._count(chosen, self.engine.drawn[run.id])
         self.left[name] = [s for s in self.left[name] if s.drawn < s.wanted]
         return True
 
-    def _decode(self, s: _Scripted, repeat: int) -> Row:
-        made = row(
-            len(s.prompt) + s.drawn - 1,
-            None,
-            request=s.request,
-            slot=s.request,
-            sample=s.sampling,
-            output_index=s.drawn,
-        )
-        s.drawn += repeat
-        return made
+    def _count(self, chosen: Sequence[_Scripted], drawn: Sequence[Sequence[int]]) -> None:
+        for tokens in drawn:
+            for s, token in zip(chosen, tokens, strict=True):
+                s.drawn += token >= 0
+                if token in s.stop_ids and s.drawn > MIN_TOKENS:
+                    s.wanted = s.drawn
+
+    def _decode(self, s: _Scripted) -> Row:
+        return self._sampling_row(s, len(s.prompt) + s.drawn - 1, None)
 
     def _prefill(self, s: _Scripted) -> Row:
         count = self.rng.randint(1, len(s.prompt) - s.done)
         start, s.done = s.done, s.done + count
-        whole = s.done == len(s.prompt)
-        s.drawn += whole
+        ids, pages = s.prompt[start : s.done], () if start else s.pages
+        if s.done == len(s.prompt):
+            return self._sampling_row(s, start, ids, pages)
+        return row(start, ids, request=s.request, slot=s.request, sample=None, pages=pages)
+
+    def _sampling_row(
+        self, s: _Scripted, start: int, ids: Sequence[int] | None, pages: Sequence[int] = ()
+    ) -> Row:
         return row(
             start,
-            s.prompt[start : s.done],
+            ids,
             request=s.request,
             slot=s.request,
-            sample=s.sampling if whole else None,
-            pages=() if start else s.pages,
+            sample=s.sampling,
+            output_index=s.drawn,
+            stop_ids=s.stop_ids,
+            min_remaining=max(0, MIN_TOKENS - s.drawn),
+            pages=pages,
         )
 
 

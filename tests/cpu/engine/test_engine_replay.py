@@ -1,14 +1,21 @@
 """Promise 2 on the CPU: the same step plans give the same bits under heavy disturbances."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from support.engine_kit import Engine, TinyModel, tiny_models, unit_for
+from support.engine_kit import Engine, TinyModel, plain_run, row, tiny_models, unit_for
 from support.replay_kit import LogitsLog, drive_replay, first_difference, scripted_record
+from weft.core.actions import Drop, Run, StepPlan
+from weft.core.events import Done, Failed, StepDone
+from weft.core.ids import ActionId, ModelName
 from weft.core.unit import UnitSpec
-from weft.sim.plan_record import RecordedStep
-from weft.sim.replayer import PlanReplayer
+from weft.engine.cpu_executor import CpuExecutor
+from weft.sim.plan_record import PlanRecorder, RecordedStep
+from weft.sim.replay_mover import ReplayError
+from weft.sim.replayer import CALM, Disturbances, PlanReplayer
 
 ROOMY = {"num_slots": 16, "max_rows": 8, "max_step_tokens": 128, "depth": 2}
 
@@ -39,20 +46,105 @@ def tight_unit(models: dict[str, TinyModel]) -> UnitSpec:
     return unit_for(models, num_granules=largest + 24, **{**ROOMY, "num_slots": 5, "max_rows": 8})
 
 
+def replay(
+    models: dict[str, TinyModel],
+    unit: UnitSpec,
+    steps: Sequence[RecordedStep],
+    seed: int,
+    disturbances: Disturbances | None = None,
+) -> tuple[PlanReplayer, LogitsLog]:
+    log = LogitsLog()
+    specs = [model.spec for model in models.values()]
+    with Engine(models, unit, logits_tap=log) as engine:
+        replayer = PlanReplayer(unit, specs, steps, seed=seed, disturbances=disturbances)
+        drive_replay(engine, replayer)
+        executor = engine.executor
+        assert isinstance(executor, CpuExecutor) and executor.checksums is not None
+        assert executor.checksums.compared > 0
+    return replayer, log
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("tight", [False, True])
 def test_disturbances_change_no_bit(tmp_path: Path, dtype: str, tight: bool) -> None:
     models = make(tmp_path, dtype)
     steps, wanted = record(models, seed=1)
     unit = tight_unit(models) if tight else unit_for(models, **ROOMY)
-    specs = [model.spec for model in models.values()]
     for seed in range(2):
-        log = LogitsLog()
-        with Engine(models, unit, logits_tap=log) as engine:
-            replayer = PlanReplayer(unit, specs, steps, seed=seed)
-            drive_replay(engine, replayer)
-            assert engine.executor.checksums.compared > 0
+        replayer, log = replay(models, unit, steps, seed)
         assert replayer.mismatches() == []
         assert first_difference(wanted.kept, log.kept) is None
-        assert min(replayer.counts.get(k, 0) for k in ("park", "resume", "drop", "noise")) >= 3
-        assert replayer.counts["unmap"] and replayer.counts["reslot"]
+        counts = replayer.counts
+        assert min(counts[k] for k in ("park", "resume", "drop", "noise", "unmap", "reslot")) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_disturbances_change_no_bit(tmp_path: Path, dtype: str) -> None:
+    models = make(tmp_path, dtype)
+    for seed in range(20):
+        steps, wanted = record(models, seed=seed)
+        for unit in (tight_unit(models), unit_for(models, **ROOMY)):
+            replayer, log = replay(models, unit, steps, seed)
+            assert replayer.mismatches() == []
+            assert first_difference(wanted.kept, log.kept) is None
+
+
+def test_a_calm_replay_is_the_record_itself(tmp_path: Path) -> None:
+    models = make(tmp_path, "float32")
+    steps, wanted = record(models, seed=2)
+    replayer, log = replay(models, unit_for(models, **ROOMY), steps, 0, CALM)
+    assert replayer.mismatches() == [] and first_difference(wanted.kept, log.kept) is None
+    assert replayer.counts.keys() <= {"unmap", "drop"}, "only the cleaning up"
+
+
+def test_a_changed_record_is_noticed(tmp_path: Path) -> None:
+    """The replay computes its tokens: a record that lies does not match."""
+    models = make(tmp_path, "float32")
+    steps, _ = record(models, seed=2)
+    at = next(i for i, s in enumerate(steps) if s.tokens[0][0] >= 0)
+    lie = tuple((t[0] ^ 1, *t[1:]) for t in steps[at].tokens)
+    wrong = [*steps[:at], msgspec.structs.replace(steps[at], tokens=lie), *steps[at + 1 :]]
+    replayer, _ = replay(models, unit_for(models, **ROOMY), wrong, 0, CALM)
+    assert replayer.mismatches()
+
+
+def test_iterations_launched_ahead_of_a_stop_are_replayed(tmp_path: Path) -> None:
+    """A device may draw beyond a stop id before it knows; the replay splits such a repeat."""
+    models = tiny_models(tmp_path, {"a": {}}, page_tokens=8)
+    with Engine(models, unit_for(models, **ROOMY)) as engine:
+        drawn = plain_run(engine, "a", [5, 6, 7], 6)
+    prefill = StepPlan(model=models["a"].spec.name, rows=(row(0, [5, 6, 7]),))
+    decode = row(3, None, output_index=1, stop_ids=(drawn[2],))
+    ahead = StepPlan(model=prefill.model, rows=(decode,), repeat=9)
+    steps = [
+        RecordedStep(plan=prefill, tokens=((drawn[0],),)),
+        RecordedStep(plan=ahead, tokens=tuple((t,) for t in drawn[1:])),
+    ]
+    replayer, _ = replay(models, unit_for(models, **ROOMY), steps, 0, CALM)
+    assert replayer.mismatches() == []
+
+
+def test_a_recorder_keeps_finished_steps_only() -> None:
+    plan = StepPlan(model=ModelName("a"), rows=(row(0, [1]),), repeat=3)
+    recorder = PlanRecorder()
+    for i in (1, 2, 3):
+        recorder.submitted(Run(id=ActionId(i), plan=plan))
+    recorder.submitted(Drop(id=ActionId(4), model=ModelName("a"), granules=()))
+    done = StepDone(action=ActionId(3), iterations=1, last=False, tokens=((7,),))
+    recorder.ended([done, Failed(action=ActionId(2), cause="x"), Done(action=ActionId(4))])
+    recorder.ended([msgspec.structs.replace(done, last=True, tokens=((8,),))])
+    assert recorder.record() == (RecordedStep(plan=plan, tokens=((7,), (8,))),)
+
+
+def test_a_unit_that_is_too_small_is_said_so(tmp_path: Path) -> None:
+    models = tiny_models(tmp_path, {"a": {}}, page_tokens=8)
+    specs = [models["a"].spec]
+    plan = StepPlan(model=specs[0].name, rows=(row(0, [1, 2, 3]),))
+    steps = [RecordedStep(plan=plan, tokens=((1,),))]
+    with pytest.raises(ReplayError, match="more than the unit has"):
+        PlanReplayer(unit_for(models, num_granules=3), specs, steps).handle(())
+    failing = PlanReplayer(unit_for(models), specs, steps)
+    first = failing.handle(())[0]
+    with pytest.raises(ReplayError, match="no memory"):
+        failing.handle([Failed(action=first.id, cause="no memory")])
