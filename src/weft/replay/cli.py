@@ -104,7 +104,7 @@ async def replay_workload(
 
 
 def show(result: Result, console: Console) -> None:
-    console.print(replay_table(result))
+    console.print(replay_table(result, console.width))
     for line in legend(result):
         console.print(line, highlight=False)
     for line in failure_lines(result.requests):

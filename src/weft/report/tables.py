@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich.box import HEAVY_HEAD
 from rich.table import Table
 
 from weft.replay.records import Record, Result, Summary
@@ -22,7 +23,7 @@ def _count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
-def _row(row: Summary) -> list[str]:
+def _row(row: Summary, digits: int) -> list[str]:
     return [
         row.model,
         _count(row.requests),
@@ -31,11 +32,11 @@ def _row(row: Summary) -> list[str]:
         seconds_text(row.ttft_p99_s),
         seconds_text(row.tbt_p50_s),
         seconds_text(row.tbt_p99_s),
-        f"{row.tokens_per_s:,.1f}",
+        f"{row.tokens_per_s:,.{digits}f}",
         _count(row.switches_in),
         _count(row.switches_out),
-        f"{row.slo_request:.1%}",
-        f"{row.slo_strict:.1%}",
+        f"{row.slo_request:.{digits}%}",
+        f"{row.slo_strict:.{digits}%}",
     ]
 
 
@@ -53,17 +54,41 @@ HEADINGS = (
     "SLO met",
     "strict",
 )
+NARROW_HEADINGS = (
+    "model",
+    "reqs",
+    "fail",
+    "TTFT\np50",
+    "TTFT\np99",
+    "TBT\np50",
+    "TBT\np99",
+    "tok/s",
+    "in",
+    "out",
+    "SLO\nmet",
+)
+WIDE_COLUMNS = 120
+"""Terminals narrower than this get the narrow form: no lines, no `strict`, fewer digits."""
 
 
-def replay_table(result: Result) -> Table:
-    """A row per model and one over all: latencies, speed, switches in and out, attainment."""
-    table = Table(title=None, header_style="bold", row_styles=None)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+def replay_table(result: Result, columns: int = WIDE_COLUMNS) -> Table:
+    """A row per model and one over all: latencies, speed, switches in and out, attainment.
+    `columns`: width of the terminal."""
+    wide = columns >= WIDE_COLUMNS
+    table = Table(
+        header_style="bold",
+        box=HEAVY_HEAD if wide else None,
+        padding=(0, 1) if wide else (0, 1, 0, 0),
+        pad_edge=wide,
+    )
+    for heading in HEADINGS if wide else NARROW_HEADINGS:
+        is_name = heading == "model"
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=not is_name)
+    digits, kept = (1, len(HEADINGS)) if wide else (0, len(NARROW_HEADINGS))
     for row in result.models:
-        table.add_row(*_row(row))
+        table.add_row(*_row(row, digits)[:kept])
     table.add_section()
-    table.add_row(*_row(result.total), style="bold")
+    table.add_row(*_row(result.total, digits)[:kept], style="bold")
     return table
 
 

@@ -282,3 +282,26 @@ def test_the_table_has_a_row_a_model_and_one_over_all() -> None:
     with FakeOpenAI() as server:
         result, _ = run(server, 2, models=("a", "b"))
     assert replay_table(result).row_count == 3
+
+
+@pytest.mark.parametrize("columns", [80, 132])
+def test_the_table_fits_its_terminal(columns: int) -> None:
+    facts = [ModelFacts(name="speaker")]
+    many = [record(i, "speaker", [1.23456, 1.34567, 99.123]) for i in range(1234)]
+    switches = {"speaker": Counter(switches_in=862, switches_out=862)}
+    rows, total = summaries(facts, many, switches, seconds=7.3)
+    result = Result(
+        url="",
+        workload="",
+        seed=0,
+        seconds=7.3,
+        worst_send_lag_s=0,
+        interrupted=False,
+        total=total,
+        models=rows,
+        requests=tuple(many),
+    )
+    out = StringIO()
+    Console(file=out, width=columns).print(replay_table(result, columns))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out.getvalue()
+    assert "speaker" in out.getvalue()
