@@ -18,8 +18,9 @@ from pydantic import (
     ValidationError,
 )
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
-from weft.server.errors import ApiError, bad_request
+from weft.server.errors import CLIENT_CLOSED, ApiError, bad_request
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -290,7 +291,8 @@ def _path(loc: tuple[int | str, ...]) -> str:
 
 
 async def read_json(request: Request, max_bytes: int) -> Any:
-    """The body, read no further than the bound. Raises ApiError 400, 413 or 415."""
+    """The body, read no further than the bound. Raises ApiError 400, 413, 415, or 499 when the
+    client left (nobody reads that answer)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(
@@ -308,10 +310,13 @@ async def read_json(request: Request, max_bytes: int) -> Any:
     if length.isascii() and length.isdigit() and int(length[:20]) > max_bytes:
         raise too_large
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > max_bytes:
-            raise too_large
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > max_bytes:
+                raise too_large
+    except ClientDisconnect:
+        raise ApiError(CLIENT_CLOSED, "the client left before its body was whole") from None
     try:
         return from_json(bytes(body), allow_inf_nan=False)
     except ValueError as error:

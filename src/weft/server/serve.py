@@ -77,6 +77,7 @@ async def serve(
     the URL once connections are taken. Raises WeftError when the address cannot be served."""
     check_bind(host, insecure=insecure)
     sock = listen(host, port)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # our own lines say when it starts
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -98,9 +99,12 @@ async def serve(
         try:
             while not server.started and not running.done():
                 await asyncio.sleep(0.01)
-            if server.started and on_ready is not None:
-                on_ready(url_of(sock))
+            if server.started:
+                log.info("serving url=%s", url_of(sock))
+                if on_ready is not None:
+                    on_ready(url_of(sock))
             await running
+            log.info("no longer serving")
         finally:
             stopper.cancel()
             server.should_exit = True

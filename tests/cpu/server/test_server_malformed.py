@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from support.fake_hub import FakeHub, card, spoken
-from support.live import asgi_client
+from support.live import asgi_client, live
 from support.tiny import write_tokenizer
 from weft.server.schemas import UNSUPPORTED
 
@@ -216,6 +216,29 @@ def test_a_body_without_a_length_is_read_no_further_than_the_bound(hub: FakeHub)
     reply = send(hub, "POST", "/v1/completions", content=endless(), headers=headers)
     check_error(reply, hub, 413)
     assert given <= MAX_BODY + (1 << 13)
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error(
+    hub: FakeHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> str:
+        async with live(hub) as server, httpx.AsyncClient(base_url=server.url) as client:
+            host, port = server.url.removeprefix("http://").split(":")
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
+            await writer.drain()
+            writer.transport.abort()
+            while True:
+                text = (await client.get("/metrics")).text
+                if 'outcome="refused"' in text:
+                    return text
+
+    asyncio.run(scenario())
+    assert hub.opened == []
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize(
