@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ import httpx
 
 TESTS = Path(__file__).resolve().parents[1]
 START_S = 60.0
+LOG, TEMP = "pool.log", "temp"
 
 
 class PoolProcess:
     """A running pool. `url` is where it listens; its log is in `log_file`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log_file: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], url: str, folder: Path) -> None:
         self.process = process
         self.url = url
-        self.log_file = log_file
+        self.log_file = folder / LOG
+        self.temp_dir = folder / TEMP
+        """What the pool takes for the machine's folder of temporary files."""
 
     def worker_pids(self) -> list[int]:
         """Worker processes of this pool that live now."""
@@ -83,12 +86,14 @@ def running_pool(
         "server": {"port": 0, **(server or {})},
         **top,
     }
-    file, log_file = folder / "pool.json", folder / "pool.log"
+    file, log_file = folder / "pool.json", folder / LOG
     file.write_text(json.dumps(config))
+    (folder / TEMP).mkdir()
     environment = {
         **os.environ,
         "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}",
         "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(folder / TEMP),
     }
     command = [sys.executable, "-m", "support.pool_main", str(file), str(folder)]
     command += ["check" if check else "plain", str(trace_dir or "-")]
@@ -100,7 +105,7 @@ def running_pool(
     try:
         url = process.stdout.readline().decode().strip()
         assert url.startswith("http://"), f"the pool did not start:\n{log_file.read_text()}"
-        yield PoolProcess(process, url, log_file)
+        yield PoolProcess(process, url, folder)
     finally:
         if process.poll() is None:
             process.terminate()
@@ -162,9 +167,15 @@ async def sse(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 async def stream_text(
-    client: httpx.AsyncClient, model: str, prompt: list[int] | str, **body: Any
+    client: httpx.AsyncClient,
+    model: str,
+    prompt: list[int] | str,
+    *,
+    on_text: Callable[[], None] | None = None,
+    **body: Any,
 ) -> str:
-    """The text of a streamed completion. Raises AssertionError on any error."""
+    """The text of a streamed completion. Raises AssertionError on any error. `on_text` is called
+    for every piece of it."""
     payload = {"model": model, "prompt": prompt, "stream": True, **body}
     text: list[str] = []
     finish = None
@@ -176,6 +187,8 @@ async def stream_text(
             assert "error" not in event, event
             for choice in event["choices"]:
                 text.append(choice["text"])
+                if on_text is not None:
+                    on_text()
                 finish = choice["finish_reason"] or finish
     assert finish is not None, "no finish_reason"
     return "".join(text)

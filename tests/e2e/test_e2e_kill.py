@@ -1,0 +1,111 @@
+"""What survives kill -9: of a worker everything, of the server nothing."""
+
+import asyncio
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.pool_process import PoolProcess, alive, poll, running_pool, stream_all, stream_text
+from support.tiny import tiny_checkpoint
+
+MODELS = ("ant", "bee", "cat")
+STREAMS = 20
+TOKENS = 60
+BODY: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+
+
+def make_models(folder: Path) -> list[dict[str, Any]]:
+    for seed, name in enumerate(MODELS):
+        tiny_checkpoint(
+            folder / name,
+            seed=seed,
+            dtype="float64",
+            hidden=128,
+            intermediate=256,
+            vocab=256,
+            family="qwen2" if name == "bee" else "llama",
+        )
+    return [{"name": name, "path": name} for name in MODELS]
+
+
+def jobs() -> list[tuple[str, list[int]]]:
+    rng = random.Random(5)
+    return [
+        (MODELS[i % 3], [rng.randrange(6, 256) for _ in range(rng.randrange(2, 40))])
+        for i in range(STREAMS)
+    ]
+
+
+async def kill_during(pool: PoolProcess, kills: int, seed: int) -> list[str]:
+    """All streams, with the worker killed `kills` times while they run."""
+    rng = random.Random(seed)
+    seen = 0
+
+    async def one(client: Any, model: str, prompt: list[int]) -> str:
+        nonlocal seen
+        text = await stream_text(client, model, prompt, on_text=arrived, **BODY)
+        return text
+
+    def arrived() -> None:
+        nonlocal seen
+        seen += 1
+
+    async with pool.client() as client:
+        streams = [asyncio.create_task(one(client, m, p)) for m, p in jobs()]
+        killed = 0
+        while killed < kills and not all(task.done() for task in streams):
+            # A random amount of answer, counted from the last death, then the blow.
+            goal = seen + rng.randrange(1, STREAMS * TOKENS // (3 * kills))
+            while seen < goal and not all(task.done() for task in streams):
+                await asyncio.sleep(0.001)
+            killed += pool.kill_worker()
+        texts = await asyncio.gather(*streams)
+    assert killed == kills, "the streams ended before the last blow"
+    return list(texts)
+
+
+def test_streams_have_no_seam_when_the_worker_is_killed(tmp_path: Path) -> None:
+    with running_pool(
+        tmp_path, make_models(tmp_path), engine={"device_memory": "6M"}, turn_s=0.05
+    ) as pool:
+        pool.wait_ready()
+        plain = asyncio.run(stream_all(pool, jobs(), **BODY))
+        assert asyncio.run(kill_during(pool, 4, seed=1)) == plain
+        assert pool.log().count("is lost: killed by signal 9") == 4
+        assert pool.stop() == 0
+
+
+def shared_memory() -> set[str]:
+    place = Path("/dev/shm")
+    return {entry.name for entry in place.iterdir()} if place.is_dir() else set()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+def test_an_end_of_the_server_is_the_end_of_everything(tmp_path: Path, sig: int) -> None:
+    before = shared_memory()
+    with running_pool(tmp_path, make_models(tmp_path)[:1]) as pool:
+        pool.wait_ready()
+
+        async def scenario() -> None:
+            body = {"model": "ant", "prompt": [5], "stream": True, **BODY, "max_tokens": 400}
+            async with (
+                pool.client() as client,
+                client.stream("POST", "/v1/completions", json=body) as response,
+            ):
+                lines = response.aiter_lines()
+                await anext(lines)
+                (worker,) = pool.worker_pids()
+                os.kill(pool.process.pid, sig)
+                if sig == signal.SIGTERM:  # the answer in flight is finished first
+                    assert "data: [DONE]" in [line async for line in lines]
+                status = await asyncio.to_thread(pool.process.wait, 30)
+                assert status == (0 if sig == signal.SIGTERM else -sig)
+                await asyncio.to_thread(poll, lambda: not alive(worker), 10.0)
+
+        asyncio.run(scenario())
+        assert list(pool.temp_dir.iterdir()) == []
+        assert shared_memory() <= before
