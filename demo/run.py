@@ -187,7 +187,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--requests", type=int, default=None, help="only the first so many")
-    parser.add_argument("--speed", type=float, default=1.0, help="time runs so many times as fast")
+    parser.add_argument("--speed", type=float, default=1.5, help="time runs so many times as fast")
     parser.add_argument("--skew", type=float, default=0.8, help="Zipf exponent over the models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--speaker", type=Path, default=SPEAKER, help="another one that speaks")
