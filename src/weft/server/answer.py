@@ -108,7 +108,7 @@ class Answer(Response):
             self._open()
             await (self._stream(send) if self._plan.stream else self._whole(send))
         except ApiError as error:
-            outcome = "error" if self._choices else "refused"
+            outcome = "refused" if self._unopened else "error"
             await self._fail(error, scope, receive, send)
         except _Stopped as stopped:
             outcome = "cancelled"
@@ -124,8 +124,12 @@ class Answer(Response):
             watcher.cancel()
             self._close(outcome)
 
+    @property
+    def _unopened(self) -> int:
+        return len(self._plan.requests) - len(self._choices)
+
     def _open(self) -> None:
-        """Opens every choice or none. Raises ApiError."""
+        """Opens the choices one after the other; the first refusal ends all. Raises ApiError."""
         plan = self._plan
         try:
             for index, request in enumerate(plan.requests):
@@ -142,8 +146,6 @@ class Answer(Response):
                     )
                 )
         except HubRefusal as refusal:
-            for choice in self._choices:
-                choice.abandon("refused")
             raise from_reply(refusal.error) from None
 
     async def _stream(self, send: Send) -> None:
@@ -257,8 +259,7 @@ class Answer(Response):
         model = self._plan.card.name
         for choice in self._choices:
             self._metrics.requests.labels(model, choice.outcome).inc()
-        if not self._choices:
-            self._metrics.requests.labels(model, "refused").inc(len(self._plan.requests))
+        self._metrics.requests.labels(model, "refused").inc(self._unopened)
         self._log(model, outcome)
 
     def _log(self, model: str, outcome: str) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,10 +18,23 @@ from weft.server.answer import Gate
 from weft.server.errors import ApiError, bad_request
 from weft.server.metrics import Metrics
 from weft.server.middleware import RequestIdMiddleware
-from weft.server.routes import Frontend, openai_routes, operator_routes
+from weft.server.routes import ERROR_SCHEMA, Frontend, openai_routes, operator_routes
+from weft.server.schemas import openapi_schemas
 from weft.server.text import TextService
 
 log = logging.getLogger("weft.server")
+
+
+class _App(FastAPI):
+    """Adds the request bodies, which the routes check themselves, to /openapi.json."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document = super().openapi()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            schemas |= {**openapi_schemas(), "Error": ERROR_SCHEMA}
+        assert self.openapi_schema is not None
+        return self.openapi_schema
 
 
 def create_app(hub: Hub, config: PoolConfig, *, texts: TextService | None = None) -> FastAPI:
@@ -41,7 +55,7 @@ def create_app(hub: Hub, config: PoolConfig, *, texts: TextService | None = None
             preload.cancel()
             own_texts.close()
 
-    app = FastAPI(
+    app = _App(
         title="weft",
         version=weft.__version__,
         lifespan=lifespan,

@@ -70,8 +70,32 @@ class Frontend:
 
 def _body(schema: type[Common]) -> dict[str, Any]:
     """The request body for the OpenAPI document (the routes read and check it themselves)."""
-    content = {"application/json": {"schema": schema.model_json_schema()}}
+    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    content = {"application/json": {"schema": reference}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "The request is refused.", "content": _ERROR},
+    "5XX": {"description": "The server cannot answer now.", "content": _ERROR},
+}
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
 
 
 def _model_entry(card: ModelCard) -> dict[str, Any]:
@@ -85,7 +109,7 @@ def _model_entry(card: ModelCard) -> dict[str, Any]:
 
 
 def openai_routes(front: Frontend) -> APIRouter:
-    router = APIRouter(prefix="/v1")
+    router = APIRouter(prefix="/v1", responses=_ERRORS)
 
     @router.get("/models")
     async def list_models() -> JSONResponse:

@@ -4,8 +4,9 @@ refused by name unless it carries the value that means nothing.
 Checks that need the model (context length, vocabulary) are in `plan.py`.
 """
 
+import asyncio
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from fastapi import Request
 from pydantic import (
@@ -16,8 +17,9 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    model_validator,
 )
-from pydantic_core import from_json
+from pydantic_core import PydanticCustomError, from_json
 from starlette.requests import ClientDisconnect
 
 from weft.server.errors import CLIENT_CLOSED, ApiError, bad_request
@@ -30,6 +32,8 @@ MAX_STOP_IDS = 64
 MAX_PROMPTS = 128
 MAX_TOKENS = 1 << 24
 MAX_NAME_CHARS = 256
+BODY_LIMIT_S = 60.0
+"""A client has this long to send its body."""
 
 IGNORED = frozenset(
     {
@@ -203,6 +207,12 @@ class Message(_Strict):
     name: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     tool_call_id: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
 
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("missing_content", "content is required for this role")
+        return self
+
     def plain(self) -> dict[str, Any]:
         """As templates know it: text parts joined by newlines, `developer` as `system`."""
         if isinstance(self.content, list):
@@ -291,7 +301,7 @@ def _path(loc: tuple[int | str, ...]) -> str:
 
 
 async def read_json(request: Request, max_bytes: int) -> Any:
-    """The body, read no further than the bound. Raises ApiError 400, 413, 415, or 499 when the
+    """The body, read no further than the bound. Raises ApiError 400, 408, 413, 415, or 499 when the
     client left (nobody reads that answer)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
@@ -311,13 +321,31 @@ async def read_json(request: Request, max_bytes: int) -> Any:
         raise too_large
     body = bytearray()
     try:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > max_bytes:
-                raise too_large
+        async with asyncio.timeout(BODY_LIMIT_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"the body did not arrive within {BODY_LIMIT_S:g} s",
+            code="body_too_slow",
+            headers={"Connection": "close"},
+        ) from None
     except ClientDisconnect:
         raise ApiError(CLIENT_CLOSED, "the client left before its body was whole") from None
     try:
         return from_json(bytes(body), allow_inf_nan=False)
     except ValueError as error:
         raise bad_request(f"the body is not JSON: {error}", code="invalid_json") from None
+
+
+def openapi_schemas() -> dict[str, Any]:
+    """JSON Schemas of the request bodies by name, for the OpenAPI document's components."""
+    schemas: dict[str, Any] = {}
+    for model in (ChatRequest, CompletionRequest):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[model.__name__] = schema
+    return schemas

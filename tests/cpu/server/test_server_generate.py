@@ -222,13 +222,16 @@ def test_a_refused_second_prompt_gives_the_first_one_back(folder: Path) -> None:
     full = ReplyError(code=QUEUE_FULL, message="full")
     hub = FakeHub([card("m", folder)], lambda new: full if len(new.prompt) == 2 else [Hold()])
 
-    async def scenario() -> int:
+    async def counted() -> tuple[int, str]:
         async with asgi_client(hub) as client:
             body = {"model": "m", "prompt": [[1], [1, 2]]}
-            return (await client.post("/v1/completions", json=body)).status_code
+            status = (await client.post("/v1/completions", json=body)).status_code
+            return status, (await client.get("/metrics")).text
 
-    assert asyncio.run(scenario()) == 429
+    status, text = asyncio.run(counted())
+    assert status == 429
     assert hub.cancelled == [1]
+    assert 'weft_requests_total{model="m",outcome="refused"} 2.0' in text
 
 
 def test_an_error_after_the_headers_is_an_event_and_the_end(folder: Path) -> None:
@@ -288,6 +291,23 @@ def test_a_held_stream_gets_headers_and_comments_before_its_first_token(folder: 
         assert text == "now"
 
     asyncio.run(scenario())
+
+
+def test_the_headers_bring_a_comment_that_says_why_nothing_follows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weft.server.answer.HEADER_WAIT_S", 0.01)
+
+    async def scenario() -> str:
+        hub = FakeHub([card("m", folder)], lambda _: [Hold()])
+        async with (
+            live(hub, keepalive_s=3600) as server,
+            httpx.AsyncClient(base_url=server.url) as client,
+            client.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as reply,
+        ):
+            return await anext(reply.aiter_lines())
+
+    assert asyncio.run(scenario()) == ": weft: held while the model comes in"
 
 
 @pytest.mark.parametrize("stream", [False, True])

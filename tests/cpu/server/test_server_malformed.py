@@ -37,6 +37,8 @@ CHATS: list[tuple[str, Any, int, str | None]] = [
     ("message a text", {**CHAT, "messages": ["hi"]}, 400, "messages[0]"),
     ("role unknown", said("a", role="bot"), 400, "messages[0].role"),
     ("no role", {**CHAT, "messages": [{"content": "a"}]}, 400, "messages[0].role"),
+    ("content null", said(None), 400, "messages[0]"),
+    ("no content", {**CHAT, "messages": [{"role": "system"}]}, 400, "messages[0]"),
     ("content a number", said(1), 400, None),
     (
         "an image",
@@ -264,6 +266,21 @@ def test_neutral_values_of_what_is_not_served_are_accepted(hub: FakeHub) -> None
     assert send(hub, "POST", "/v1/chat/completions", json=body).status_code == 200
     body = {**CHAT, **dict.fromkeys(UNSUPPORTED)}
     assert send(hub, "POST", "/v1/chat/completions", json=body).status_code == 200
+
+
+def references_of(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        own = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
+        return own + [ref for item in value.values() for ref in references_of(item)]
+    return [ref for item in value for ref in references_of(item)] if isinstance(value, list) else []
+
+
+def test_the_openapi_document_holds_all_it_refers_to(hub: FakeHub) -> None:
+    document = send(hub, "GET", "/openapi.json").json()
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models"} <= set(document["paths"])
+    names = [ref.removeprefix("#/components/schemas/") for ref in references_of(document)]
+    assert {"ChatRequest", "CompletionRequest", "Message", "Error"} <= set(names)
+    assert set(names) <= set(document["components"]["schemas"])
 
 
 def test_whole_numbers_may_be_written_as_fractions(hub: FakeHub) -> None:
