@@ -120,6 +120,7 @@ TEXTS: list[tuple[str, Any, int, str | None]] = [
     ("prompts too many", {**TEXT, "prompt": ["a"] * 129}, 400, "prompt"),
     ("one prompt empty", {**TEXT, "prompt": [[1], []]}, 400, "prompt[1]"),
     ("prompt over context", {**TEXT, "prompt": [9] * 500}, 400, None),
+    ("one token over context", {**TEXT, "prompt": [9] * 500, "max_tokens": 13}, 400, None),
     ("prompt over characters", {**TEXT, "prompt": "a" * 5000}, 400, "prompt"),
     ("echo", {**TEXT, "echo": True}, 400, "echo"),
     ("best of", {**TEXT, "best_of": 2}, 400, "best_of"),
@@ -266,6 +267,14 @@ def test_neutral_values_of_what_is_not_served_are_accepted(hub: FakeHub) -> None
     assert send(hub, "POST", "/v1/chat/completions", json=body).status_code == 200
     body = {**CHAT, **dict.fromkeys(UNSUPPORTED)}
     assert send(hub, "POST", "/v1/chat/completions", json=body).status_code == 200
+
+
+def test_prompt_and_answer_may_fill_the_context(hub: FakeHub) -> None:
+    body = {**TEXT, "prompt": [9] * 500, "max_tokens": 12}
+    assert send(hub, "POST", "/v1/completions", json=body).status_code == 200
+    assert send(hub, "POST", "/v1/chat/completions", json=said("a")).status_code == 200
+    chat = hub.opened[1]
+    assert len(chat.prompt) + chat.max_tokens == 512
 
 
 def references_of(value: Any) -> list[str]:
