@@ -55,6 +55,7 @@ def write_pool(paths: dict[str, Path], device: str, port: int) -> Path:
     for name, path in paths.items():
         lines += [f"  - name: {name}", f"    path: {path}"]
     lines += [
+        "turn_s: 0.5",  # half the default: newcomers wait less, and more is switched
         "engine:",
         f"  device: {device}",
         f"  device_memory: {DEVICE_MEMORY[device]}",
