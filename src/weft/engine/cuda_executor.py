@@ -286,7 +286,10 @@ class CudaExecutor:
         return [*self._copies.values(), *self._lanes]
 
     def _start(self, target: Callable[..., None], *args: object) -> threading.Thread:
-        thread = threading.Thread(target=target, args=args, name=f"weft{target.__name__}")
+        # daemon: a worker that dies without `close` must not linger.
+        thread = threading.Thread(
+            target=target, args=args, name=f"weft-{target.__name__[1:]}", daemon=True
+        )
         thread.start()
         return thread
 
