@@ -131,7 +131,7 @@ def gumbel_noise(
 def noise_bits(seed_S: torch.Tensor, index_S: torch.Tensor, ids_V: torch.Tensor) -> torch.Tensor:
     """64 random bits [S, V] as int64, the same on every device: splitmix64's output function over
     a counter of token ids, keyed by seed and output index."""
-    key_S = _mix(_mix(seed_S + _GOLDEN) + index_S * _GOLDEN)
+    key_S = _mix(seed_S * _MIX2 + (index_S + 1) * _GOLDEN)
     return _mix(key_S[:, None] + (ids_V + 1)[None] * _GOLDEN)
 
 

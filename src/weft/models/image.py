@@ -41,7 +41,10 @@ __all__ = [
 ]
 
 PIECE_BYTES = 4 << 20
-TILE = 64
+TILE = (512, 32)
+"""Rows and columns of the image that a transpose does at a time: 32 columns are 32 lines of the
+source, few enough even where its rows lie a power of two apart; tall, because every tile costs a
+call."""
 _NUMPY = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4", "float64": "<f8"}
 
 
@@ -215,6 +218,8 @@ def _cut(
             yield from _cut(source[i], source_dtype, dest[i], dest_dtype)
         return
     step = max(1, PIECE_BYTES // max(1, dest[0].nbytes))
+    if step > TILE[0]:
+        step -= step % TILE[0]
     for at in range(0, dest.shape[0], step):
         part = slice(at, at + step)
         yield _Piece(source[part], source_dtype, dest[part], dest_dtype)
@@ -231,10 +236,10 @@ def _copy(piece: _Piece) -> int:
 
 
 def _copy_tiles(piece: _Piece) -> None:
-    rows, columns = piece.dest.shape
-    for row in range(0, rows, TILE):
-        for column in range(0, columns, TILE):
-            tile = (slice(row, row + TILE), slice(column, column + TILE))
+    (rows, columns), (height, width) = piece.dest.shape, TILE
+    for row in range(0, rows, height):
+        for column in range(0, columns, width):
+            tile = (slice(row, row + height), slice(column, column + width))
             part = _convert(piece.source[tile], piece.source_dtype, piece.dest_dtype)
             piece.dest[tile] = part
 

@@ -146,7 +146,7 @@ def test_noise_bits_are_splitmix64() -> None:
     seeds, indexes = [0, 1, -1, 2**63 - 1, -(2**63)], [0, 1, 5, 10**6, 2**40]
     got = noise_bits(torch.tensor(seeds), torch.tensor(indexes), torch.arange(50))
     for s, (seed, index) in enumerate(zip(seeds, indexes, strict=True)):
-        key = mix((mix((seed + golden) & mask) + index * golden) & mask)
+        key = mix((seed * 0x94D049BB133111EB + (index + 1) * golden) & mask)
         for token in range(50):
             expected = mix((key + (token + 1) * golden) & mask)
             assert int(got[s, token]) & mask == expected

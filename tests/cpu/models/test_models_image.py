@@ -158,7 +158,7 @@ def test_pieces_threads_and_progress(
     whole = build(path, arch)
     assert not np.any(np.convolve(whole == 0xAB, np.ones(64), "valid") == 64)
     monkeypatch.setattr(image_module, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(image_module, "TILE", 7)
+    monkeypatch.setattr(image_module, "TILE", (7, 5))
     seen: list[int] = []
     assert np.array_equal(build(path, arch, threads=threads, progress=seen.append), whole)
     assert sum(seen) == image_layout(arch).num_bytes
