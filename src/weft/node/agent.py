@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 
 from weft.memory.host_store import HostStore
-from weft.transport.channel import HubChannel
+from weft.transport.channel import END_OF_STREAM, HubChannel
 from weft.transport.messages import (
     Configure,
     Hello,
@@ -65,9 +65,8 @@ class _Worker:
         return f"unit{self.config.unit}.{self.config.incarnation}"
 
     def kill(self) -> None:
-        """Also a worker that is stuck in the kernel dies as soon as it can."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+        """Does nothing to a process that has ended."""
+        self.process.kill()
 
     def on_messages(self, messages: list[WorkerMessage]) -> None:
         for message in messages:
@@ -80,9 +79,12 @@ class _Worker:
         self.agent.hub.unit_messages(self.config.unit, messages)
 
     def on_end(self, reason: str) -> None:
-        """It hung up: nothing more can be asked of it."""
-        self.reason = self.reason or (None if reason == "end of stream" else reason)
-        self.kill()
+        """It hung up. It is about to exit and say by its status why, or it is out of its mind."""
+        if reason == END_OF_STREAM:
+            asyncio.get_running_loop().call_later(STOP_GRACE_S, self.kill)
+        else:
+            self.reason = self.reason or reason
+            self.kill()
 
     def stop_timer(self) -> None:
         if self.start_timer is not None:

@@ -11,10 +11,12 @@ What holds after every decision:
 
 Whose fault is a death? A worker names the requests in its steps before it submits them
 (`Stepping`). When it dies, those named last are the suspects; one that was so named more than
-`max_reruns` times in a row without a token in between fails alone, and so does one that lost
+`max_reruns` times in a row without a token in between fails, and so does one that lost
 `max_reruns_total` workers all told. Requests that only waited or were parked are never suspects,
 and progress clears: a poisonous request dies at the same place again and again, whereas one whose
-worker was killed from outside moves on.
+worker was killed from outside moves on. It fails alone: the last run of a suspect is on probation,
+and no unit has two on probation at once. The innocent ones of a deadly batch so get their token
+without the others and are cleared.
 
 Parked KV lies in its unit's own region of the host store. It is handed to that unit's next
 incarnation in the very decision of its UnitUp, or never: a request that has some waits for its own
@@ -313,12 +315,26 @@ class PoolScheduler:
             elif (unit := self._unit_for(record)) is not None:
                 self._place(record, unit)
 
+    def _on_probation(self, record: Record) -> bool:
+        """One more death fails it: nobody else under that suspicion runs beside it."""
+        return 0 < record.deaths_here >= self.limits.max_reruns
+
+    def _has_probation(self, unit: Unit) -> bool:
+        return any(
+            self._on_probation(record)
+            for request_id in unit.requests
+            if (record := self.journal.get(request_id)) is not None
+        )
+
     def _unit_for(self, record: Record) -> Unit | None:
         model = record.request.model
-        if record.parked_unit is not None:
-            home = self.units[record.parked_unit]
-            return home if home.up and model in home.assigned else None
         takers = [u for u in self.units.values() if u.up and model in u.assigned]
+        if record.parked_unit is not None:
+            takers = [u for u in takers if u.id == record.parked_unit]
+        if takers and self._on_probation(record):
+            takers = [u for u in takers if not self._has_probation(u)]
+            if not takers:
+                record.forget_parked()  # it was to be handed over now or never
         if not takers:
             return None
         loads = [

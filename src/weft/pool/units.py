@@ -26,7 +26,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Unfinished requests before new ones are refused."""
     max_reruns: int = 2
     """Times in a row that a request may lose its worker in a step without a token in between."""
-    max_reruns_total: int = 16
+    max_reruns_total: int = 32
     """The same with tokens in between: bounds a request that kills its worker now and then."""
     max_failures: int = 5
     """Workers of a unit lost in a row without progress before it is declared down."""

@@ -18,6 +18,7 @@ import msgspec
 from weft.transport.messages import HubMessage, WorkerMessage
 
 MAX_FRAME_BYTES = 64 << 20
+END_OF_STREAM = "end of stream"
 _HEADER_BYTES = 4
 _READ_BYTES = 1 << 18
 _READS_PER_TURN = 16
@@ -111,7 +112,7 @@ class WorkerChannel:
         except OSError as error:
             raise ChannelClosed(str(error)) from None
         if not data:
-            raise ChannelClosed("end of stream")
+            raise ChannelClosed(END_OF_STREAM)
         return self._reader.feed(data)
 
     def close(self) -> None:
@@ -174,7 +175,7 @@ class HubChannel:
         while self._open and self._readable():
             pass
         if self._open:
-            self._end("end of stream")
+            self._end(END_OF_STREAM)
 
     def _readable(self) -> bool:
         """Hear what is there, within bounds. False if there was nothing."""
@@ -185,13 +186,16 @@ class HubChannel:
             try:
                 data = self._sock.recv(_READ_BYTES)
                 if not data:
-                    end = "end of stream"
+                    end = END_OF_STREAM
                     break
                 heard = True
                 messages += self._reader.feed(data)
             except (BlockingIOError, InterruptedError):
                 break
-            except (OSError, BadFrame) as error:
+            except OSError:  # a reset: it ended with messages of ours unread
+                end = END_OF_STREAM
+                break
+            except BadFrame as error:
                 end = str(error)
                 break
         if messages:

@@ -72,8 +72,10 @@ class Worker:
         with selectors.DefaultSelector() as selector:
             selector.register(self._channel.fileno(), selectors.EVENT_READ)
             selector.register(self._executor.wait_fd(), selectors.EVENT_READ)
-            while not self._stopping:
+            while True:
                 events = self.gather()
+                if self._stopping:
+                    return
                 if events:
                     self.decide(events)
                 else:
@@ -113,6 +115,9 @@ class Worker:
             self._executor.submit(action)
             if self._recorder:
                 self._recorder.submitted(action, planned_ns, self._clock())
+        if self._check and not self._waiting and not self._in_flight:
+            self._scheduler.check_integrity()
+            self._executor.check_integrity(mapped=self._scheduler.mapped())
 
     def _receive(self) -> list[UnitEvent]:
         """Events from the hub; an instant that spans several messages is waited for whole."""
@@ -157,8 +162,6 @@ class Worker:
                 self._reported_ns = self._clock()
                 self._unreported = False
                 self._waiting = notice.status.waiting
-                if self._check and not self._waiting and not self._in_flight:
-                    self._check_integrity()
 
     def _tell_steps(self, actions: list[UnitAction]) -> None:
         """Name the suspects before the step that could kill us. A batch that goes on is not
@@ -188,7 +191,3 @@ class Worker:
         if due_ns == float("inf"):
             return None
         return max(0.0, (due_ns - self._clock()) / 1e9)
-
-    def _check_integrity(self) -> None:
-        self._scheduler.check_integrity()
-        self._executor.check_integrity(mapped=self._scheduler.mapped())

@@ -100,10 +100,12 @@ def main(argv: Sequence[str] | None = None, *, build: Build = build_unit) -> int
     )
     channel = WorkerChannel(socket.socket(fileno=args.socket_fd))
     try:
-        (message,) = channel.receive(None)
-        if not isinstance(message, Configure):
-            return 0 if isinstance(message, Shutdown) else 1
-        return _serve(message.config, channel, args.host_fd, build)
+        first, *others = channel.receive(None)
+        if any(isinstance(message, Shutdown) for message in (first, *others)):
+            return 0
+        # Nothing else comes before the hub has heard our Hello.
+        assert isinstance(first, Configure) and not others
+        return _serve(first.config, channel, args.host_fd, build)
     except ChannelClosed:
         return 0
 

@@ -343,6 +343,13 @@ class PoolMachine(RuleBasedStateMachine):
             assert unit.tokens == sum(r.tokens for r in records if r is not None)
 
     @invariant()
+    def probation_is_alone(self) -> None:
+        for unit in self.brain.units.values():
+            records = [self.brain.journal.get(r) for r in unit.requests]
+            suspects = [r for r in records if r is not None and r.deaths_here]
+            assert sum(r.deaths_here >= self.limits.max_reruns for r in suspects) <= 1
+
+    @invariant()
     def nobody_waits_for_nothing(self) -> None:
         """A held request has something that will end its wait: a worker or an image on its way, a
         restart or a deadline."""

@@ -286,6 +286,32 @@ def test_a_request_that_kills_its_worker_fails_alone() -> None:
     assert submit.request.id == 2 and submit.request.reruns == 0
 
 
+def test_suspects_run_one_after_the_other_before_one_of_them_fails() -> None:
+    pool = Pool(backoff_s=0.0)
+    for i in (1, 2, 3):
+        pool.new(i)
+    pool.parked(3, kv())
+    for _ in range(2):
+        pool.stepping(1, 2, 3)
+        pool.lost()
+        actions = pool.up()
+    assert [s.request.id for s in submits(actions)] == [1]
+    (second,) = submits(pool.emit(1, 7))  # 1 is cleared, 2 comes under probation
+    assert second.request.id == 2
+    pool.stepping(1, 2)
+    assert only(pool.lost(), Reply) == Reply(
+        request=RequestId(2),
+        finish="error",
+        error=errors.ReplyError(
+            code=errors.REQUEST_FAILED,
+            message="the worker died 3 times while it ran this request (boom)",
+        ),
+    )
+    first, third = submits(pool.up())
+    assert first.emitted == (7,) and first.request.reruns == 3
+    assert third.resume is None, "its unit had begun another life without it"
+
+
 def test_progress_clears_a_suspect_but_not_for_ever() -> None:
     pool = Pool(backoff_s=0.0, max_reruns_total=4)
     pool.new(1, max_tokens=100)
