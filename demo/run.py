@@ -32,8 +32,6 @@ from weft.report.timeline import timeline_svg
 from weft.report.trace_file import find_switch, read_worker_trace
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / ".demo"
-TRACES = WORK / "trace"
 TRACE = ROOT / "demo" / "data" / "azure_llm_2023_slice.csv"
 SPEAKER = ROOT / "demo" / "speaker"
 
@@ -49,11 +47,11 @@ class DemoError(Exception):
     """Said in one line; the server's log says more."""
 
 
-def write_pool(paths: dict[str, Path], device: str, port: int) -> Path:
+def write_pool(paths: dict[str, Path], device: str, port: int, work: Path) -> Path:
     """pool.yaml: the six models, a budget for three."""
     lines = ["models:"]
     for name, path in paths.items():
-        lines += [f"  - name: {name}", f"    path: {path}"]
+        lines += [f"  - name: {name}", f"    path: {path.resolve()}"]
     lines += [
         "turn_s: 0.5",  # half the default: newcomers wait less, and more is switched
         "engine:",
@@ -64,7 +62,7 @@ def write_pool(paths: dict[str, Path], device: str, port: int) -> Path:
         f"  port: {port}",
         "  hold_s: 600",  # a slow machine may need longer than the trace lasts
     ]
-    path = WORK / "pool.yaml"
+    path = work / "pool.yaml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -81,11 +79,11 @@ def _die_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def serving(pool: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def serving(pool: Path, traces: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`weft serve`, stopped at the end whatever happens."""
     with log.open("wb") as out:
         server = subprocess.Popen(
-            [sys.executable, "-m", "weft.cli.main", "serve", str(pool), "--trace", str(TRACES)],
+            [sys.executable, "-m", "weft.cli.main", "serve", str(pool), "--trace", str(traces)],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -145,9 +143,9 @@ def replay_trace(url: str, args: argparse.Namespace, console: Console) -> Result
     )
 
 
-def draw_switch(console: Console) -> None:
+def draw_switch(folder: Path, out: Path, console: Console) -> None:
     """A picture of the switch that moved most, from the trace of the worker that ran longest."""
-    traces = sorted(TRACES.glob("trace-unit*.jsonl"), key=lambda path: path.stat().st_size)
+    traces = sorted(folder.glob("trace-unit*.jsonl"), key=lambda path: path.stat().st_size)
     try:
         header, spans = read_worker_trace(traces[-1])
         begin_ns, end_ns = find_switch(spans)
@@ -155,8 +153,13 @@ def draw_switch(console: Console) -> None:
     except (IndexError, WeftError) as error:
         console.print(f"No picture of a switch: {error}", highlight=False, markup=False)
         return
-    (WORK / "switch.svg").write_text(svg, encoding="utf-8")
-    console.print("A switch as it happened: .demo/switch.svg", highlight=False)
+    out.write_text(svg, encoding="utf-8")
+    console.print(f"A switch as it happened: {shown(out)}", highlight=False)
+
+
+def shown(path: Path) -> str:
+    """As people in the project's folder would type it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def print_usage(url: str, console: Console) -> None:
@@ -192,6 +195,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--skew", type=float, default=0.8, help="Zipf exponent over the models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--speaker", type=Path, default=SPEAKER, help="another one that speaks")
+    parser.add_argument("--work", type=Path, default=ROOT / ".demo", help="for models and results")
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
     args = parser.parse_args()
     if args.device == "auto":
@@ -202,28 +206,30 @@ def arguments() -> argparse.Namespace:
 def demo(args: argparse.Namespace, console: Console, log: Path) -> int:
     if not (args.speaker / "model.safetensors").exists():
         raise DemoError(f"{args.speaker} is missing; make it with demo/train_speaker.py")
-    paths = demo_models.build_all(WORK / "models", speaker=args.speaker.resolve(), seed=args.seed)
+    paths = demo_models.build_all(args.work / "models", speaker=args.speaker, seed=args.seed)
     port = args.port or free_port()
     url = f"http://127.0.0.1:{port}"
-    pool = write_pool(paths, args.device, port)
+    pool = write_pool(paths, args.device, port, args.work)
     size = sum((path / "model.safetensors").stat().st_size for path in paths.values())
     console.print(
         f"{len(paths)} models ({size / 1e6:.0f} MB of weights) on {args.device}, "
         f"device memory {DEVICE_MEMORY[args.device]}: room for three. Serving at {url}",
         highlight=False,
     )
-    with serving(pool, log) as server:
+    traces = args.work / "trace"
+    shutil.rmtree(traces, ignore_errors=True)
+    with serving(pool, traces, log) as server:
         wait_ready(url, server)
         first_answer(url, console)
         result = replay_trace(url, args, console)
-        replay.write_result(result, WORK / "result.json")
+        replay.write_result(result, args.work / "result.json")
         replay.show(result, console)
         console.print(
             f"{result.total.switches_in} times a model came onto the device, "
             f"{result.total.failures} requests failed. Every record: .demo/result.json",
             highlight=False,
         )
-        draw_switch(console)
+        draw_switch(traces, args.work / "switch.svg", console)
         code = replay.exit_code(result)
         if not code and console.is_terminal and sys.stdin.isatty():
             print_usage(url, console)
@@ -234,9 +240,8 @@ def demo(args: argparse.Namespace, console: Console, log: Path) -> int:
 
 def main() -> int:
     args, console = arguments(), replay.make_console()
-    WORK.mkdir(exist_ok=True)
-    log = WORK / "server.log"
-    shutil.rmtree(TRACES, ignore_errors=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    log = args.work / "server.log"
     # Ended from outside, it stops the server as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -245,7 +250,7 @@ def main() -> int:
         console.print("\nEnded.")
         return 130
     except DemoError as error:
-        console.print(f"demo: {error}; see {log.relative_to(ROOT)}", style="red", markup=False)
+        console.print(f"demo: {error}; see {shown(log)}", style="red", markup=False)
         if log.exists():
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
             console.print("\n".join(lines), highlight=False, markup=False)

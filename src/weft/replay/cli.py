@@ -18,7 +18,7 @@ from weft.report.tables import failure_lines, legend, replay_table
 from weft.workload.generators import gamma_arrivals, uniform_rows
 from weft.workload.trace import TraceRow, compress, cut, parse_trace, scale_lengths, spread
 
-MAX_TRACE_BYTES = 256 << 20
+MAX_FILE_BYTES = 256 << 20
 PLAIN_WIDTH = 132
 DEFAULT_CONTEXT = 2048
 DEFAULT_VOCAB = 256
@@ -38,12 +38,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_trace(path: Path, *, limit: int | None, speed: float) -> tuple[tuple[TraceRow, ...], str]:
     """A trace file's rows, cut and compressed, and that in words. Raises WeftError."""
-    try:
-        if path.stat().st_size > MAX_TRACE_BYTES:
-            raise WeftError(f"{path}: larger than {MAX_TRACE_BYTES >> 20} MiB; cut it first")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeftError(f"{path}: cannot be read as a trace: {error}") from None
+    text = _read(path, "a trace")
     rows = compress(cut(parse_trace(text, source=str(path)), limit), speed)
     if not rows:
         raise WeftError(f"{path}: no requests in it")
@@ -52,6 +47,15 @@ def read_trace(path: Path, *, limit: int | None, speed: float) -> tuple[tuple[Tr
         f"{path.name}: {len(rows)} requests of {services} service{'s' if services > 1 else ''}, "
         f"time x {speed:g}"
     )
+
+
+def _read(path: Path, kind: str) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise WeftError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB; cut it first")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeftError(f"{path}: cannot be read as {kind}: {error}") from None
 
 
 def _range(text: str, option: str) -> tuple[int, int]:
@@ -191,7 +195,7 @@ def replay(
         rows=rows, words=words, skew=skew, seed=seed, context=context, output_share=output_share
     )
     console = make_console()
-    passages = text.read_text(encoding="utf-8") if text else None
+    passages = _read(text, "a text") if text else None
     result = asyncio.run(
         replay_workload(workload, settings, models=models, text=passages, console=console)
     )
