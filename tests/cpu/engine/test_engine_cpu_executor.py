@@ -148,6 +148,42 @@ def test_repeat_equals_single_steps(engine: Engine, wanted: list[int], repeat: i
     assert drawn == wanted[: 4 + repeat], "the last token stayed on the device"
 
 
+def test_a_long_repeat_reports_on_the_way(
+    engine: Engine, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weft.engine.cpu_executor.REPORT_NS", -1)
+    start(engine)
+    run = engine.run("a", [row(len(PROMPT), None, output_index=1)], repeat=4)
+    engine.submit(run)
+    events = await_events(engine.executor, lambda seen: any(is_end(e) for e in seen))
+    reports = [e for e in events if isinstance(e, StepDone)]
+    assert [(e.iterations, e.last) for e in reports] == [(1, False)] * 3 + [(1, True)]
+    assert [t for e in reports for (t,) in e.tokens] == wanted[1:5]
+
+
+def test_lanes_run_beside_each_other(models: dict[str, TinyModel], wanted: list[int]) -> None:
+    """The step of lane 1 ends while that of lane 0 is held."""
+    opened = threading.Event()
+
+    def fault(action: UnitAction) -> None:
+        if isinstance(action, Run) and action.lane == 0 and action.plan.model == "b":
+            assert opened.wait(60)
+
+    with Engine(models, unit_for(models, lanes=2), fault=fault) as engine:
+        a, b = engine.weight_granules("a"), engine.weight_granules("b")
+        engine.do(engine.load("a", range(a)))
+        engine.do(engine.load("b", range(a, a + b)))
+        engine.do(engine.map_kv("a", {i: a + b + i for i in range(8)}))
+        engine.do(engine.map_kv("b", {0: a + b + 8}))
+        held = engine.run("b", [row(0, [1, 2], request=2, slot=1, pages=[0])])
+        engine.submit(held)
+        free = engine.run("a", [row(0, PROMPT, pages=PAGES)], lane=1)
+        engine.do(free)
+        assert engine.drawn[free.id] == [(wanted[0],)] and held.id not in engine.ends
+        opened.set()
+        engine.wait(held.id)
+
+
 def test_repeat_samples_and_masks_like_single_steps(engine: Engine) -> None:
     sampling = Sampling(temperature=1.3, top_k=50, seed=11)
     plain = plain_run(engine, "a", PROMPT, 10, sampling=sampling)

@@ -9,7 +9,7 @@ import pytest
 from support.engine_kit import Engine, TinyModel, plain_run, tiny_models, unit_for
 from support.replay_kit import LogitsLog, drive_replay, first_difference
 from support.unit_kit import UnitRun
-from weft.core.actions import CopyKv, Load
+from weft.core.actions import CopyKv, Load, UnitAction
 from weft.core.events import Cancel
 from weft.core.ids import ModelName, RequestId
 from weft.core.request import FinishReason, Request, Sampling
@@ -128,3 +128,36 @@ def test_a_schedulers_plan_log_replays_bitwise(tmp_path: Path, dtype: str) -> No
         drive_replay(engine, replayer)
     assert replayer.mismatches() == []
     assert first_difference(wanted.kept, log.kept) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault_rate", [0.0, 0.02])
+def test_many_units_with_failing_actions(tmp_path: Path, fault_rate: float) -> None:
+    """Little or no host space, few slots, small steps, and actions that fail now and then: a
+    request may fail in the end, every other stream is its plain run."""
+    models = tiny_models(tmp_path, MODELS, dtype="float64", page_tokens=8)
+    loads = 0
+    for seed in range(40):
+        rng, fault_rng = Random(seed), Random(seed + 1000)
+        requests = [random_request(i, models, rng) for i in range(80)]
+        spec = tight(
+            models,
+            depth=rng.choice([1, 2]),
+            num_slots=rng.choice([4, 8]),
+            max_rows=4,
+            max_step_tokens=rng.choice([16, 64]),
+            max_repeat=rng.choice([1, 4, 16]),
+            parked_bytes=rng.choice([0, 1 << 15, 1 << 17, 1 << 22]),
+        )
+
+        def fault(action: UnitAction, fault_rng: Random = fault_rng) -> None:
+            if fault_rng.random() < fault_rate:
+                raise fault_rng.choice([OSError("injected"), MemoryError("injected")])
+
+        with Engine(models, spec, threads=1, fault=fault) as engine:
+            unit = run_all(engine, requests, rng, set())
+        check_streams(unit, models, [r for r in requests if r.id not in unit.errors])
+        assert fault_rate or not unit.errors
+        assert len(unit.errors) < 8
+        loads += sum(isinstance(a, Load) for a in unit.actions)
+    assert loads > 1000
