@@ -71,12 +71,15 @@ class ReferenceAttention:
     ) -> torch.Tensor:
         assert self._places is not None, "plan() comes first"
         store_kv(self._places, layer, k_TGD, v_TGD, kv)
-        if len(self._groups) == 1 and self._groups[0].tokens is None:
-            return _attend(self._groups[0], layer, q_TQD, kv)
-        out_TQD = torch.empty_like(q_TQD, memory_format=torch.contiguous_format)
+        out_TQD: torch.Tensor | None = None
         for group in self._groups:
+            if group.tokens is None:
+                return _attend(group, layer, q_TQD, kv)
+            if out_TQD is None:
+                out_TQD = torch.empty_like(q_TQD, memory_format=torch.contiguous_format)
             out = _attend(group, layer, q_TQD.index_select(0, group.tokens), kv)
             out_TQD.index_copy_(0, group.tokens, out)
+        assert out_TQD is not None, "a step has rows"
         return out_TQD
 
 

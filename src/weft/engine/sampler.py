@@ -10,7 +10,7 @@ Shape legend: S sampling rows, V vocabulary, K stop ids (padded with -1).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -70,12 +70,11 @@ class SamplingBatch:
 
     def to(self, device: torch.device | str) -> "SamplingBatch":
         """The same on another device, without waiting where the memory is pinned."""
-        tensors = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor)
-        }
-        return replace(self, **tensors)
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return SamplingBatch(**moved)
 
     def advance_(self) -> None:
         """In place, on the device: the next iteration of a repeated step."""

@@ -91,10 +91,7 @@ def check_checkpoint(path: Path) -> CheckReport:
 
 def _arch_facts(path: Path, arch: Architecture) -> dict[str, object]:
     page_tokens = choose_page_tokens(arch.kv_bytes_per_token)
-    as_dtype = {
-        name: msgspec.structs.replace(arch, dtype=name)  # type: ignore[arg-type]
-        for name in DTYPE_BYTES
-    }
+    as_dtype = {name: msgspec.structs.replace(arch, dtype=name) for name in DTYPE_BYTES}
     return {
         "class_name": read_json(path / "config.json")["architectures"][0],
         "family": arch.family,

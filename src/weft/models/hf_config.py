@@ -6,7 +6,7 @@ Key names and defaults follow transformers' LlamaConfig and Qwen2Config, in the 
 
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from weft.core.errors import WeftError
 from weft.core.model import Architecture, DType, RopeSpec
@@ -177,7 +177,7 @@ class _Reader:
         self.where = where
         self.raw = raw
 
-    def fail(self, key: str, message: str) -> None:
+    def fail(self, key: str, message: str) -> NoReturn:
         raise WeftError(f"{self.where}: `{key}`: {message}")
 
     def integer(self, key: str, low: int, high: int, *, default: int | None = None) -> int:
@@ -185,7 +185,7 @@ class _Reader:
         if value is None:
             if default is None:
                 self.fail(key, "is missing")
-            return default or 0
+            return default
         if not _is_int(value) or not low <= value <= high:
             self.fail(key, f"must be an integer in {low} .. {high}")
         return int(value)
@@ -195,7 +195,7 @@ class _Reader:
         if value is None:
             if default is None:
                 self.fail(key, "is missing")
-            return default or 0.0
+            return default
         if not (_is_int(value) or isinstance(value, float)) or not low <= value <= high:
             self.fail(key, f"must be a number in {low} .. {high}")
         if not math.isfinite(value):

@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from support.tiny import tiny_checkpoint
+from weft.core.errors import WeftError
 from weft.models.check import check_checkpoint
 from weft.models.hf_config import read_model_config
-from weft.models.image import image_layout
+from weft.models.image import build_image, image_key, image_layout
+from weft.models.safetensors_file import open_checkpoint
 
 
 def test_a_good_checkpoint(tmp_path: Path) -> None:
@@ -66,3 +69,30 @@ def test_garbage_in_any_file_is_a_problem_not_a_crash(tmp_path: Path, name: str)
     report = check_checkpoint(path)
     assert not report.servable
     assert any(name in problem for problem in report.problems)
+
+
+def test_flipped_bytes_anywhere_are_read_or_refused(tmp_path: Path) -> None:
+    """Random damage to every file of a sharded checkpoint, all the way to the image."""
+    path = tiny_checkpoint(tmp_path, shards=2, layers=1, hidden=16, heads=2, kv_heads=1)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for file in sorted(path.glob("*")):
+        whole = file.read_bytes()
+        for _ in range(60):
+            damaged = bytearray(whole)
+            for at in rng.integers(0, min(len(whole), 3000), int(rng.integers(1, 4))):
+                damaged[int(at)] = int(rng.integers(256))
+            file.write_bytes(damaged)
+            report = check_checkpoint(path)
+            try:
+                arch = read_model_config(path)
+                image_key(path, arch)
+                with open_checkpoint(path) as checkpoint:
+                    size = image_layout(arch).num_bytes
+                    if size < 1 << 24:
+                        build_image(checkpoint, arch, memoryview(bytearray(size)))
+            except WeftError:
+                refused += 1
+                assert not report.servable
+        file.write_bytes(whole)
+    assert refused > 50
