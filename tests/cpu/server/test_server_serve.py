@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -77,28 +78,59 @@ def test_a_served_port_is_free_again_afterwards() -> None:
 
 SCRIPT = """
 import asyncio, sys
+from pathlib import Path
+import httpx
 sys.path[:0] = sys.argv[1:3]
-from support.fake_hub import FakeHub
+from support.fake_hub import FakeHub, Hold, card, spoken
 from support.live import pool_config
 from weft.server.app import create_app
 from weft.server.serve import serve
 
-hub = FakeHub([], lambda _: [])
-app = create_app(hub, pool_config(hub))
-asyncio.run(serve(app, "127.0.0.1", 0, on_ready=lambda url: print(url, flush=True)))
+urls = []
+
+async def main():
+    hold = Hold()
+    hub = FakeHub([card("m", Path("/nowhere"))], lambda _: [hold, *spoken([9])])
+    app = create_app(hub, pool_config(hub))
+
+    async def answer_once_stopping():
+        await hold.reached.wait()
+        print("held", flush=True)
+        while not app.state.gate.draining:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)  # time in which uvicorn's own handler would close the port
+        async with httpx.AsyncClient() as client:
+            print((await client.get(urls[0] + "/ready")).status_code, flush=True)
+        hold.release()
+
+    def on_ready(url):
+        urls.append(url)
+        print(url, flush=True)
+
+    answering = asyncio.create_task(answer_once_stopping())
+    await serve(app, "127.0.0.1", 0, on_ready=on_ready)
+    await answering
+
+asyncio.run(main())
 print("clean", flush=True)
 """
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_in_order(sig: signal.Signals) -> None:
-    """What comes after `serve` (stopping the workers) must still run."""
+def test_a_signal_lets_answers_end_and_what_comes_after_serve_run(sig: signal.Signals) -> None:
     command = [sys.executable, "-c", SCRIPT, str(TESTS), str(TESTS.parent / "src")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    body = {"model": "m", "prompt": [1]}
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+        ThreadPoolExecutor() as pool,
+    ):
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:")
-        assert httpx.get(f"{url}/ready").status_code == 200
+        reply = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
+        assert process.stdout.readline() == "held\n"
         process.send_signal(sig)
-        assert process.stdout.read().strip() == "clean"
+        assert process.stdout.readline() == "503\n"
+        assert reply.result().status_code == 200
+        assert process.stdout.read() == "clean\n"
         assert process.wait() == 0

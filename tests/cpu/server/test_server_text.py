@@ -84,6 +84,38 @@ def test_rendering_and_ids_are_those_of_transformers(folder: Path, name: str) ->
     assert text.decode(list(expected)) == oracle.decode(expected, skip_special_tokens=True)
 
 
+def add_bos_by_itself(folder: Path) -> None:
+    """Let the tokenizer put <s> before every text, as Llama's does."""
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    file.write_text(json.dumps(tokenizer))
+
+
+def test_a_template_writes_its_special_tokens_itself(folder: Path) -> None:
+    """Else every chat would begin with two of them."""
+    from transformers import AutoTokenizer
+
+    add_bos_by_itself(folder)
+    oracle = AutoTokenizer.from_pretrained(folder)
+    text = TextModel(card("m", folder))
+    expected = oracle.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    assert list(text.encode_chat(CHAT)) == list(expected)
+    assert text.encode_chat(CHAT)[:2].count(1) == 1
+    assert list(text.encode_prompt("Hi")) == oracle("Hi")["input_ids"]
+    assert text.encode_prompt("Hi")[0] == 1
+    set_template(folder, None)
+    assert TextModel(card("m", folder)).encode_chat(CHAT)[0] == 1
+
+
 def test_where_a_template_is_found(tmp_path: Path) -> None:
     assert find_template(tmp_path, {}) is None
     assert find_template(tmp_path, {"chat_template": "a"}) == "a"
