@@ -39,6 +39,7 @@ from weft.transport.messages import WorkerConfig
 from weft.worker.process import BuiltUnit
 
 DIES_AT_ONCE, DIES_LATER, RAISES = 901, 902, 903
+DIES_IN_COPY = "FAKE_UNIT_DIES_IN_COPY"
 PAGE_BYTES = 4096
 STEP_ROWS = 4
 PARK_EVERY = 3
@@ -224,6 +225,8 @@ class FakeExecutor:
 
     def __init__(self, host: HostStore) -> None:
         self._host = host
+        self._pages_to_live = int(os.environ.get(DIES_IN_COPY, "0"))
+        """Dies right after overwriting so many pages; 0: never."""
         self._ends: deque[UnitEvent] = deque()
         self._fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.bound: list[ModelName] = []
@@ -256,6 +259,9 @@ class FakeExecutor:
         page = self._host.view(extent.offset, extent.num_bytes)
         if copy.to == "host":
             page[:] = content
+            self._pages_to_live -= 1
+            if self._pages_to_live == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
         else:
             assert page == content, f"the page of request {copy.request} holds another's KV"
 

@@ -10,10 +10,10 @@ What holds after every decision:
 - what a lost incarnation says is ignored.
 
 Whose fault is a death? A worker names the requests in its steps before it submits them
-(`Stepping`). When it dies, those named last are the suspects; one that was so named more than
-`max_reruns` times in a row without a token in between fails, and so does one that lost
-`max_reruns_total` workers all told. Requests that only waited or were parked are never suspects,
-and progress clears: a poisonous request dies at the same place again and again, whereas one whose
+(`Stepping`). When it dies, those named last are the suspects, or, if it never got so far, all that
+it was given; one that was suspected more than `max_reruns` times in a row without a token in
+between fails, and so does one that lost `max_reruns_total` workers all told. Requests that only
+waited or were parked beside running ones are never suspects, and progress clears: a poisonous request dies at the same place again and again, whereas one whose
 worker was killed from outside moves on. It fails alone: the last run of a suspect is on probation,
 and no unit has two on probation at once. The innocent ones of a deadly batch so get their token
 without the others and are cleared.
@@ -263,7 +263,7 @@ class PoolScheduler:
             unit.unplace(request_id, record.tokens)
             record.unit = None
             self._held[request_id] = record
-            if request_id in unit.stepping:
+            if unit.suspected(request_id):
                 self._suspect(record, cause)
         if unit.down:
             for record in self._held.values():

@@ -51,13 +51,18 @@ class Unit:
     requests: dict[RequestId, None] = field(default_factory=dict)
     tokens: int = 0
     assigned: dict[ModelName, None] = field(default_factory=dict)
-    stepping: frozenset[RequestId] = frozenset()
+    stepping: frozenset[RequestId] | None = None
+    """As last told; None: this incarnation has not begun a step."""
     status: UnitStatus | None = None
     heard_ns: int = 0
 
     @property
     def up(self) -> bool:
         return self.phase == "up"
+
+    def suspected(self, request: RequestId) -> bool:
+        """Could this request, which is placed here, be why the worker died?"""
+        return self.stepping is None or request in self.stepping
 
     def place(self, request: RequestId, tokens: int, now_ns: int) -> None:
         if not self.requests:
@@ -83,7 +88,7 @@ class Unit:
         self.restart_ns = None
         self.progress = False
         self.status = None
-        self.stepping = frozenset()
+        self.stepping = None
 
     def lose(self, limits: Limits, now_ns: int) -> None:
         """Its worker is gone: count, and say when the next one starts."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from support.fake_unit import DIES_AT_ONCE, DIES_LATER, PAGE_BYTES, RAISES, answer
+from support.fake_unit import DIES_AT_ONCE, DIES_IN_COPY, DIES_LATER, PAGE_BYTES, RAISES, answer
 from support.pool_cases import spec
 from support.pool_process import alive, poll
 from weft.core import errors
@@ -158,6 +158,21 @@ def test_kill_9_at_random_moments_leaves_no_seam(units: int) -> None:
     asyncio.run(scenario())
 
 
+def test_a_page_that_was_overwritten_is_not_resumed_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Death comes between the overwriting of a page and anything else."""
+    monkeypatch.setenv(DIES_IN_COPY, "5")
+    prompts = [(7, i) for i in range(10)]
+    limits = Limits(backoff_s=0.0, max_failures=100, max_reruns=100, max_reruns_total=1000)
+
+    async def scenario() -> None:
+        async with pool(pages=2, limits=limits) as (hub, _):
+            answers = await asyncio.gather(*(ask(hub, *p, max_tokens=20) for p in prompts))
+            assert answers == [plain(*p, max_tokens=20) for p in prompts]
+            assert hub.view().units[0].restarts > 0
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("poison", [DIES_AT_ONCE, DIES_LATER])
 def test_a_request_that_kills_its_worker_fails_alone(poison: int) -> None:
     limits = Limits(backoff_s=0.0, max_failures=100)
@@ -174,14 +189,14 @@ def test_a_request_that_kills_its_worker_fails_alone(poison: int) -> None:
     asyncio.run(scenario())
 
 
-def test_a_worker_that_raises_says_why_and_is_replaced() -> None:
+def test_a_request_that_its_worker_cannot_even_take_fails_alone() -> None:
     async def scenario() -> None:
-        limits = Limits(backoff_s=0.0, max_failures=3)
-        async with pool(limits=limits) as (hub, _):
+        async with pool(limits=Limits(backoff_s=0.0)) as (hub, _):
+            good = [asyncio.create_task(ask(hub, 5, i, max_tokens=200)) for i in range(2)]
             bad = await ask(hub, RAISES)
-            # It dies on taking the request, not in a step: nobody is suspected, the unit is down.
-            assert isinstance(bad, ReplyError) and "the request asked for it" in bad.message
-            assert bad.code == errors.MODEL_FAILED
+            assert isinstance(bad, ReplyError) and bad.code == errors.REQUEST_FAILED
+            assert "the request asked for it" in bad.message
+            assert [await task for task in good] == [plain(5, i, max_tokens=200) for i in range(2)]
 
     asyncio.run(scenario())
 

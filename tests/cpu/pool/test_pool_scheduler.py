@@ -312,6 +312,18 @@ def test_suspects_run_one_after_the_other_before_one_of_them_fails() -> None:
     assert third.resume is None, "its unit had begun another life without it"
 
 
+def test_all_are_suspects_of_a_worker_that_never_began_a_step() -> None:
+    pool = Pool(backoff_s=0.0)
+    pool.new(1)
+    pool.new(2)
+    for _ in range(2):
+        pool.lost()
+        actions = pool.up()
+    assert [s.request.id for s in submits(actions)] == [1]
+    assert code(pool.lost()) == errors.REQUEST_FAILED
+    assert [s.request.id for s in submits(pool.up())] == [2]
+
+
 def test_progress_clears_a_suspect_but_not_for_ever() -> None:
     pool = Pool(backoff_s=0.0, max_reruns_total=4)
     pool.new(1, max_tokens=100)
