@@ -1,0 +1,138 @@
+"""The Triton kernels on the device, against float32 torch on the same inputs."""
+
+import pytest
+import torch
+
+from support.gpu import needs_gpu
+from support.kernel_cases import AttentionCase, attention_case, relative_error
+from weft.kernels.word_sum import word_sum
+from weft.models.ops import TorchOps
+
+pytestmark = needs_gpu
+
+LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SHAPES = [
+    # q heads, kv heads, head dim, page tokens, dtype
+    (28, 4, 128, 32, torch.bfloat16),
+    (8, 8, 64, 16, torch.float16),
+    (8, 2, 80, 128, torch.bfloat16),
+    (6, 1, 24, 16, torch.float32),
+    (4, 2, 256, 16, torch.bfloat16),
+]
+
+
+def case_of(
+    shape: tuple[int, int, int, int, torch.dtype], starts: list[int], counts: list[int]
+) -> AttentionCase:
+    q_heads, kv_heads, head_dim, page_tokens, dtype = shape
+    return attention_case(
+        seed=3,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_tokens=page_tokens,
+        starts=starts,
+        counts=counts,
+        dtype=dtype,
+        device="cuda",
+    )
+
+
+def check(case: AttentionCase, out: torch.Tensor, lse: torch.Tensor) -> None:
+    ref, ref_lse = attention_ref(case)
+    assert relative_error(out, ref) < LIMITS[case.q.dtype]
+    torch.testing.assert_close(lse, ref_lse.float(), rtol=5e-3, atol=5e-3)
+
+
+def attention_ref(case: AttentionCase) -> tuple[torch.Tensor, torch.Tensor]:
+    from weft.kernels.paged_attention import attention_torch
+
+    return attention_torch(
+        case.q, case.kv, case.table, case.slots, case.starts, case.counts, scale=case.scale
+    )
+
+
+def decode(case: AttentionCase, splits: int, lse: torch.Tensor | None = None) -> torch.Tensor:
+    from weft.kernels.paged_attention import decode_attention
+
+    out = torch.full_like(case.q, float("nan"))
+    decode_attention(
+        case.q,
+        case.kv,
+        case.table,
+        case.int32(case.slots),
+        case.int32(case.starts),
+        case.int32(case.row_tokens()),
+        out,
+        scale=case.scale,
+        splits=splits,
+        lse=lse,
+    )
+    return out
+
+
+@pytest.mark.parametrize("splits", [1, 7])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decode(shape: tuple[int, int, int, int, torch.dtype], splits: int) -> None:
+    starts = [0, 15, 16, 63, 64, 700, 2047]
+    case = case_of(shape, starts, [1] * len(starts))
+    lse = torch.full(case.q.shape[:2], float("nan"), device="cuda")
+    out = decode(case, splits, lse)
+    check(case, out, lse)
+    assert torch.equal(decode(case, splits), out), "the same launch gives the same bits"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_chunks(shape: tuple[int, int, int, int, torch.dtype]) -> None:
+    from weft.kernels.paged_attention import (
+        ChunkBlocks,
+        chunk_attention,
+        chunk_block_tokens,
+        cut_chunks,
+    )
+
+    case = case_of(shape, [0, 31, 500, 3, 64], [300, 1, 129, 2, 64])
+    lse = torch.full(case.q.shape[:2], float("nan"), device="cuda")
+    out = torch.full_like(case.q, float("nan"))
+    group = case.q.shape[1] // case.kv.shape[3]
+    tokens = chunk_block_tokens(group, case.q.shape[2], case.q.element_size())
+    rows = list(zip(case.slots, case.starts, case.row_tokens(), case.counts, strict=True))
+    blocks = ChunkBlocks(*(case.int32(column) for column in cut_chunks(rows, tokens)))
+    chunk_attention(case.q, case.kv, case.table, blocks, out, scale=case.scale, lse=lse)
+    check(case, out, lse)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+def test_elementwise(dtype: torch.dtype) -> None:
+    from weft.kernels.elementwise import TritonOps
+
+    ours, twin = TritonOps(), TorchOps()
+    gen = torch.Generator(device="cuda").manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=gen, device="cuda").to(dtype)
+
+    x, residual, weight = draw(37, 3584), draw(37, 3584), draw(3584)
+    ref, ref_sum = twin.add_rms_norm(x.clone(), residual.clone(), weight, 1e-6)
+    out, total = ours.add_rms_norm(x.clone(), residual.clone(), weight, 1e-6)
+    assert torch.equal(total, ref_sum)
+    assert relative_error(out, ref) < LIMITS[dtype]
+    heads, angle = draw(37, 12, 128), draw(37, 64)
+    cos, sin = angle.float().cos().to(dtype), angle.float().sin().to(dtype)
+    assert (
+        relative_error(ours.rotary(heads, cos, sin), twin.rotary(heads, cos, sin)) < LIMITS[dtype]
+    )
+    gate_up = draw(37, 8, 2, 2368)
+    assert relative_error(ours.silu_mul(gate_up), twin.silu_mul(gate_up)) < LIMITS[dtype]
+
+
+def test_checksums() -> None:
+    from weft.kernels.checksum import device_sums
+
+    memory = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, device="cuda")
+    offsets, size = [0, 4096, 999 * 8], 262144 + 8
+    sums = device_sums(memory, offsets, size).tolist()
+    assert sums == [word_sum(memory[at : at + size].cpu()) for at in offsets]
+    memory[4096 + 17] ^= 4
+    changed = device_sums(memory, offsets, size).tolist()
+    assert changed[1] != sums[1]
