@@ -410,7 +410,8 @@ def test_a_flipped_bit_in_the_host_store_is_caught(engine: Engine) -> None:
     assert "KV page 2 differs" in cause(engine, bad)
     weights = range(engine.weight_granules("a"))
     engine.do(engine.drop("a", weights))
-    with engine.host.view(engine.images["a"].offset + spec.weight_bytes - 5000, 1) as byte:
+    place = engine.images["a"].offset + spec.weight_bytes - 5000
+    with engine.host.view(place, 1) as byte:
         byte[0] ^= 1
     load = engine.load("a", weights)
     step = engine.run("a", [row(0, PROMPT, slot=1, pages=PAGES)], follow=load.id)
@@ -419,6 +420,11 @@ def test_a_flipped_bit_in_the_host_store_is_caught(engine: Engine) -> None:
     engine.wait(load.id, step.id)
     assert "differs from its first load" in cause(engine, load.id)
     assert cause(engine, step.id) == "dependency", "a step in the middle of a broken load"
+    kv = tuple(len(weights) + i for i in range(8))
+    engine.executor.check_integrity(mapped={"a/kv": kv})
+    with engine.host.view(place, 1) as byte:
+        byte[0] ^= 1
+    engine.do(engine.load("a", weights))
 
 
 def test_close_ends_every_action_once(models: dict[str, TinyModel]) -> None:
