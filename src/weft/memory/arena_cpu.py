@@ -4,6 +4,7 @@ A range is reserved without memory behind it (MAP_NORESERVE); pages come when to
 to the system at `unmap`. So what is resident never exceeds what is mapped, as on a GPU.
 """
 
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Sequence
@@ -120,8 +121,10 @@ class CpuArena:
         except OSError as error:
             raise ArenaError(f"no address space for {count} granules: {error}") from None
         if self._granule_bytes % _HUGE_PAGE_BYTES:
-            # A huge page would hold memory beyond the granule that was touched.
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
+            # A huge page would hold memory beyond the granule that was touched. A kernel built
+            # without huge pages refuses the advice and needs none.
+            with contextlib.suppress(OSError):
+                memory.madvise(mmap.MADV_NOHUGEPAGE)
         return _Range(memory, torch.frombuffer(memory, dtype=torch.uint8))
 
 
