@@ -107,6 +107,8 @@ class ModelEntry:
     load_fails: int = 0
     map_fails: int = 0
     failed: str | None = None
+    unfit: bool = False
+    """`failed` because of the models that stay beside it: undone when they go."""
     unassigned: bool = False
     switches_in: int = 0
     switches_out: int = 0

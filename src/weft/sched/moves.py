@@ -213,7 +213,8 @@ class Mover:
             for s in entry.members.values()
             if s.phase in ("queued", "parked")
         ]
-        if not waiting or entry.leaving:
+        # Without its weights a model gets no KV, or that KV could keep the weights out for ever.
+        if not waiting or entry.leaving or self._book.memory(entry.spec.name).state == "absent":
             return
         running = sum(s.phase in ("running", "resuming") for s in entry.members.values())
         for request in self._preset.prefill.order(waiting, self._book.now_ns):

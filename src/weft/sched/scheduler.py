@@ -27,6 +27,7 @@ from weft.core.events import (
 )
 from weft.core.ids import ActionId, ModelName, RequestId
 from weft.core.model import ModelSpec
+from weft.core.request import Request
 from weft.core.unit import ModelStatus, UnitSpec, UnitStatus
 from weft.policy.presets import Preset
 from weft.sched.book import Book, ModelEntry, RequestState
@@ -147,19 +148,34 @@ class UnitScheduler:
             entry.spec = spec
             book.ledger.add_model(spec)
         entry.failed, entry.load_fails, entry.map_fails = None, 0, 0
-        entry.unassigned = False
-        problem = self._cannot_hold(spec)
-        if problem is not None:
-            entry.failed = problem
+        entry.unfit = entry.unassigned = False
+        self._check_fit()
 
-    def _cannot_hold(self, spec: ModelSpec) -> str | None:
-        """Why this model can never run here, or None."""
+    def _check_fit(self) -> None:
+        """After a model came, went or was pinned: which models, and which of their requests, have
+        no room beside those that stay? Of two that stay the earlier one has the room."""
+        for entry in self._book.models.values():
+            if entry.unfit:
+                entry.failed, entry.unfit = None, False
+        staying = 0
+        for entry in sorted(self._book.models.values(), key=lambda e: not self._stays(e)):
+            if entry.failed is not None:
+                continue
+            problem = self._cannot_hold(entry.spec, staying)
+            if problem is not None:
+                entry.failed, entry.unfit = problem, True
+                self._mover.fail_model(entry)
+            elif self._stays(entry):
+                staying += self._book.memory(entry.spec.name).weight_granules
+        for entry in self._book.models.values():
+            for state in list(entry.members.values()):
+                error = self._too_large(state.request)
+                if error is not None:
+                    self._book.finish(state, "error", error=error)
+
+    def _cannot_hold(self, spec: ModelSpec, others: int) -> str | None:
+        """Why this model can never run beside `others` granules that stay, or None."""
         unit = self._book.unit
-        others = sum(
-            self._book.memory(name).weight_granules
-            for name, entry in self._book.models.items()
-            if name != spec.name and not entry.failed and self._stays(entry)
-        )
         memory = self._book.memory(spec.name)
         need = memory.weight_granules + memory.kv_granules_for(1)
         if need + others <= unit.num_granules:
@@ -180,6 +196,7 @@ class UnitScheduler:
         values = {field: getattr(spec, field) for field in spec.__struct_fields__}
         entry.spec = ModelSpec(**{**values, "pinned": pinned})
         self._book.ledger.add_model(entry.spec)
+        self._check_fit()
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -231,6 +248,11 @@ class UnitScheduler:
                 f"{CONTEXT_LENGTH}: {len(request.prompt)} prompt tokens and {request.max_tokens} "
                 f"output tokens; the model's context is {limit}"
             )
+        return self._too_large(request)
+
+    def _too_large(self, request: Request) -> str | None:
+        """Why this request could never run to its end, alone with its model beside those that
+        stay, or None."""
         memory = self._book.memory(request.model)
         others = sum(
             self._book.memory(name).weight_granules
@@ -238,15 +260,16 @@ class UnitScheduler:
             if name != request.model and not other.failed and self._stays(other)
         )
         room = self._book.unit.num_granules - others - memory.weight_granules
+        total = len(request.prompt) + request.max_tokens
         # One page more than the tokens: whoever is admitted can always grow by one.
-        need = memory.kv_granules_for(total + entry.spec.page_tokens)
-        if need > room:
-            mib = self._book.unit.granule_bytes / (1 << 20)
-            return (
-                f"{CONTEXT_LENGTH}: {total} tokens need {need * mib:.0f} MiB of KV cache, the "
-                f"device has room for {max(room, 0) * mib:.0f} MiB beside this model's weights"
-            )
-        return None
+        need = memory.kv_granules_for(total + memory.spec.page_tokens)
+        if need <= room:
+            return None
+        mib = self._book.unit.granule_bytes / (1 << 20)
+        return (
+            f"{CONTEXT_LENGTH}: {total} tokens need {need * mib:.0f} MiB of KV cache, the "
+            f"device has room for {max(room, 0) * mib:.0f} MiB beside this model's weights"
+        )
 
     def _check_deadlines(self) -> None:
         now = self._book.now_ns
@@ -328,6 +351,7 @@ class UnitScheduler:
             if memory.state == "absent" and not memory.kv.granules and not holds:
                 del self._book.models[name]
                 self._book.ledger.remove_model(name)
+                self._check_fit()
 
     def _wake(self) -> None:
         """Ask to be woken when a deadline or the end of a turn is the next thing to happen."""
