@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from support.pool_process import PoolProcess, alive, poll, running_pool, stream_all, stream_text
@@ -68,14 +69,34 @@ async def kill_during(pool: PoolProcess, kills: int, seed: int) -> list[str]:
     return list(texts)
 
 
-def test_streams_have_no_seam_when_the_worker_is_killed(tmp_path: Path) -> None:
+def nothing_is_held(pool: PoolProcess) -> bool:
+    """The last report of the unit: no request, no KV page, no extent of the host store."""
+    view = httpx.get(f"{pool.url}/weft/status").json()["pool"]
+    (unit,) = view["units"]
+    status = unit["status"]
+    assert view["unfinished"] == 0
+    return (
+        status["waiting"] == 0
+        and status["host_used_bytes"] == 0
+        and all(model["kv_pages_used"] == 0 for model in status["models"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("rounds", "kills"), [(1, 4), pytest.param(12, 5, marks=pytest.mark.slow, id="sixty kills")]
+)
+def test_streams_have_no_seam_when_the_worker_is_killed(
+    tmp_path: Path, rounds: int, kills: int
+) -> None:
     with running_pool(
         tmp_path, make_models(tmp_path), engine={"device_memory": "6M"}, turn_s=0.05
     ) as pool:
         pool.wait_ready()
         plain = asyncio.run(stream_all(pool, jobs(), **BODY))
-        assert asyncio.run(kill_during(pool, 4, seed=1)) == plain
-        assert pool.log().count("is lost: killed by signal 9") == 4
+        for seed in range(rounds):
+            assert asyncio.run(kill_during(pool, kills, seed=seed)) == plain
+        assert pool.log().count("is lost: killed by signal 9") == rounds * kills
+        poll(lambda: nothing_is_held(pool), 10.0, pool)
         assert pool.stop() == 0
 
 

@@ -106,14 +106,6 @@ class _Instant:
     events: list[UnitEvent] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _UnitFacts:
-    """What people see of a unit besides what the scheduler keeps."""
-
-    device: str = ""
-    incarnation: int = 0
-
-
 class PoolHub:
     """Implements `weft.hub.base.Hub`. All methods are called in the event loop's thread."""
 
@@ -132,7 +124,7 @@ class PoolHub:
         self._cards: dict[str, ModelCard] = {}
         self._ready: set[str] = set()
         self._binds: dict[ModelName, BindModel] = {}
-        self._facts: dict[int, _UnitFacts] = {}
+        self._devices: dict[int, str] = {}
         self._streams: dict[RequestId, _Stream] = {}
         self._rejected: dict[RequestId, ReplyError] = {}
         self._last_id = 0
@@ -191,7 +183,7 @@ class PoolHub:
             yield UnitView(
                 unit=unit.id,
                 incarnation=unit.incarnation,
-                device=self._facts[unit.id].device,
+                device=self._devices.get(unit.id, ""),
                 up=unit.up,
                 restarts=max(0, unit.incarnation - 1),
                 status=unit.status,
@@ -232,7 +224,6 @@ class PoolHub:
         self._handle([ev.ModelFailed(model=ModelName(name), reason=reason)])
 
     def add_unit(self, unit: int) -> None:
-        self._facts[unit] = _UnitFacts()
         self._handle([ev.UnitAdded(unit=unit)])
 
     def note_progress(self) -> None:
@@ -246,7 +237,7 @@ class PoolHub:
             incarnation = message.incarnation
             match message:
                 case Hello(device=device):
-                    self._facts[unit] = _UnitFacts(device, incarnation)
+                    self._devices[unit] = device
                     events.append(ev.UnitUp(unit=unit, incarnation=incarnation))
                 case StepRequests(requests=requests):
                     events.append(

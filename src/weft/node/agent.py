@@ -187,11 +187,14 @@ class NodeAgent:
         return tuple(worker.process.pid for worker in self._workers.values())
 
     async def close(self) -> None:
-        """Ask the workers to free their devices and exit; kill those that do not."""
+        """Ask the workers to free their devices and exit; kill those that do not, and at once those
+        that are still starting."""
         self._closing = True
         workers = list(self._workers.values())
         for worker in workers:
-            if worker.channel is not None:
+            if worker.start_timer is not None:
+                worker.kill()
+            elif worker.channel is not None:
                 worker.channel.send(Shutdown())
         for worker in workers:
             try:

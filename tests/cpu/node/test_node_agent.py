@@ -229,6 +229,16 @@ def test_a_worker_that_cannot_start_is_not_waited_for(
     asyncio.run(scenario())
 
 
+def test_a_worker_that_is_still_starting_is_not_waited_for_at_the_end() -> None:
+    async def scenario() -> None:
+        command = (sys.executable, "-S", "-c", "import time; time.sleep(60)")
+        async with pool(command=command) as (_, agent):
+            (pid,) = agent.pids()
+        assert not alive(pid)
+
+    asyncio.run(scenario())
+
+
 def test_a_command_that_does_not_exist() -> None:
     async def scenario() -> None:
         limits = Limits(backoff_s=0.01, max_failures=2, down_retry_s=3600.0)
