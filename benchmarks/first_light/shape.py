@@ -44,6 +44,20 @@ def qwen_config() -> dict[str, Any]:
     }
 
 
+def tiny_config() -> dict[str, Any]:
+    """A small shape of the same class, to try the scripts."""
+    return qwen_config() | {
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 2048,
+        "eos_token_id": 2047,
+        "max_position_embeddings": 2048,
+    }
+
+
 def qwen_architecture() -> Architecture:
     """The same as the engine sees it, for runs without files."""
     return Architecture(
