@@ -91,7 +91,9 @@ def running_pool(
     (folder / TEMP).mkdir()
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}",
+        "PYTHONPATH": os.pathsep.join(
+            [str(TESTS.parent / "src"), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(folder / TEMP),
     }

@@ -64,7 +64,7 @@ CARD = ModelCard(
 
 @pytest.fixture(autouse=True)
 def _python_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{TESTS.parent / 'src'}:{TESTS}")
+    monkeypatch.setenv("PYTHONPATH", f"{TESTS.parent / 'src'}:{TESTS}", prepend=os.pathsep)
 
 
 @asynccontextmanager
