@@ -11,12 +11,13 @@ What holds after every decision:
 
 Whose fault is a death? A worker names the requests in its steps before it submits them
 (`Stepping`). When it dies, those named last are the suspects, or, if it never got so far, all that
-it was given; one that was suspected more than `max_reruns` times in a row without a token in
+it was given. One that was suspected more than `max_reruns` times in a row without a token in
 between fails, and so does one that lost `max_reruns_total` workers all told. Requests that only
-waited or were parked beside running ones are never suspects, and progress clears: a poisonous request dies at the same place again and again, whereas one whose
-worker was killed from outside moves on. It fails alone: the last run of a suspect is on probation,
-and no unit has two on probation at once. The innocent ones of a deadly batch so get their token
-without the others and are cleared.
+waited or were parked beside running ones are never suspects, and progress clears: a poisonous
+request dies at the same place again and again, whereas one whose worker was killed from outside
+moves on. It fails alone: the last run of a suspect is on probation, and no unit has two on
+probation at once. The innocent ones of a deadly batch so get their token without the others and
+are cleared.
 
 Parked KV lies in its unit's own region of the host store. It is handed to that unit's next
 incarnation in the very decision of its UnitUp, or never: a request that has some waits for its own
