@@ -28,6 +28,9 @@ from weft.models.layout import ImageLayout, image_layout
 LogitsTap = Callable[[StepPlan, int, torch.Tensor], None]
 """(plan, iteration, clone of logits [S, V]): for tests that compare bits."""
 
+Sampler = Callable[[torch.Tensor, SamplingBatch], torch.Tensor]
+"""(logits [S, V], parameters) -> int64 [S]."""
+
 ALIGN_WORDS = 32
 """Sections of a staging buffer begin at multiples of this many 8-byte words."""
 NO_TOKEN = -1
@@ -254,13 +257,16 @@ class Runner:
         attention: AttentionBackend,
         last_token: torch.Tensor,
         *,
+        sampler: Sampler = sample,
         logits_tap: LogitsTap | None = None,
     ) -> None:
-        """last_token: int64 [N] on the device, shared by the lanes of a unit."""
+        """last_token: int64 [N] on the device, shared by the lanes of a unit. sampler: see
+        `engine.sampler.sample`, whose meaning it must have."""
         self._unit = unit
         self._device = device
         self._attention = attention
         self._last_token = last_token
+        self._sampler = sampler
         self._tap = logits_tap
         # depth steps in flight and the one being prepared.
         self._ring = [_Buffers(unit, device) for _ in range(unit.depth + 1)]
@@ -317,7 +323,7 @@ class Runner:
         if self._tap is not None:
             self._tap(plan, iteration, logits_SV.clone())
         if step.sampling is not None:
-            drawn = sample(logits_SV, step.sampling)
+            drawn = self._sampler(logits_SV, step.sampling)
             count = len(step._sampling_rows)
             self._last_token.index_copy_(0, buffers.view("sample_slots", count), drawn)
             buffers.tokens[iteration, :count].copy_(drawn, non_blocking=True)
