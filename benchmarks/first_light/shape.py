@@ -118,7 +118,13 @@ class Bench:
             self.model.weights_bytes.view(torch.bfloat16).normal_(0.0, 0.02)
             self.model.kv_bytes[: kv * GRANULE_BYTES].view(torch.bfloat16).normal_()
             last = torch.zeros(max_rows, dtype=torch.int64, device="cuda")
-            self.runner = Runner(self.unit, self.device.torch_device, self.device.attention(), last)
+            self.runner = Runner(
+                self.unit,
+                self.device.torch_device,
+                self.device.attention(),
+                last,
+                sampler=self.device.sampler(),
+            )
 
     def rows(self, starts: Sequence[int], counts: Sequence[int]) -> tuple[Row, ...]:
         """Rows at these positions, pages one after another."""

@@ -5,6 +5,10 @@ import torch
 
 from support.gpu import needs_gpu
 from support.kernel_cases import AttentionCase, attention_case, relative_error
+from weft.core.actions import Row
+from weft.core.ids import RequestId, SlotId
+from weft.core.request import Sampling
+from weft.engine.sampler import SamplingBatch, sample
 from weft.kernels.word_sum import word_sum
 from weft.models.ops import TorchOps
 
@@ -124,6 +128,34 @@ def test_elementwise(dtype: torch.dtype) -> None:
     )
     gate_up = draw(37, 8, 2, 2368)
     assert relative_error(ours.silu_mul(gate_up), twin.silu_mul(gate_up)) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+def test_draws(dtype: torch.dtype) -> None:
+    from weft.kernels.sampling import draw
+
+    rows = [
+        Row(
+            request=RequestId(i),
+            slot=SlotId(i),
+            start=0,
+            num_tokens=1,
+            input=None,
+            sample=Sampling(temperature=(0.0, 0.6, 1.0, 2.0)[i % 4], seed=i - 9),
+            output_index=i * i,
+        )
+        for i in range(256)
+    ]
+    gen = torch.Generator(device="cuda").manual_seed(1)
+    wide = 3 * torch.randn(256, 152064 + 8, generator=gen, device="cuda")
+    logits = wide.to(dtype)[:, :152064]
+    batch = SamplingBatch.from_rows(rows, "cuda")
+    drawn = draw(logits, batch.temperature, batch.seed, batch.output_index)
+    differ = drawn != sample(logits, batch)
+    assert int(differ.sum()) <= 1, "but for the last place of a logarithm"
+    assert not differ[::4].any(), "greedy rows are exact"
+    again = draw(logits[7:8], batch.temperature[7:8], batch.seed[7:8], batch.output_index[7:8])
+    assert torch.equal(again, drawn[7:8])
 
 
 def test_checksums() -> None:

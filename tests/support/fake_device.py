@@ -18,6 +18,8 @@ from weft.attention.base import AttentionBackend
 from weft.attention.reference import ReferenceAttention
 from weft.core.unit import UnitSpec
 from weft.engine.cuda_device import Mark
+from weft.engine.runner import Sampler
+from weft.engine.sampler import sample
 from weft.kernels.word_sum import word_sum
 from weft.memory.arena_cpu import CpuArena
 from weft.memory.base import Arena
@@ -62,7 +64,6 @@ class FakeStream:
 
     def wait(self, mark: Mark) -> None:
         self.push(mark.synchronize)
-        self.device.waits += 1
 
     def copy(self, to: Literal["host", "device"], device: int, host: int, num_bytes: int) -> None:
         self.device.check_registered(host, num_bytes)
@@ -84,14 +85,13 @@ class FakeStream:
 
 
 class FakeDevice:
-    """`waits` counts the waits between streams, so that a test sees that there were some."""
+    """Stands in for `engine.cuda_device.CudaDevice`."""
 
     def __init__(self, seed: int = 0) -> None:
         self.lock = threading.RLock()
         self.current = threading.local()
         self.streams: list[FakeStream] = []
         self.registered: dict[int, int] = {}
-        self.waits = 0
         self._random = random.Random(seed)
 
     def chance(self, stream: FakeStream) -> None:
@@ -124,6 +124,9 @@ class FakeDevice:
 
     def ops(self) -> Ops:
         return TorchOps()
+
+    def sampler(self) -> Sampler:
+        return sample
 
     def prepare_thread(self) -> None:
         pass

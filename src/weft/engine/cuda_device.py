@@ -9,6 +9,8 @@ import torch
 
 from weft.attention.base import AttentionBackend
 from weft.core.unit import UnitSpec
+from weft.engine.runner import Sampler
+from weft.engine.sampler import SamplingBatch, sample
 from weft.memory.base import Arena
 from weft.models.ops import Ops
 
@@ -58,6 +60,8 @@ class Device(Protocol):
     def attention(self) -> AttentionBackend: ...
 
     def ops(self) -> Ops: ...
+
+    def sampler(self) -> Sampler: ...
 
     def prepare_thread(self) -> None:
         """To be called once by every thread that uses the device."""
@@ -154,6 +158,17 @@ class CudaDevice:
         from weft.kernels.elementwise import TritonOps
 
         return TritonOps()
+
+    def sampler(self) -> Sampler:
+        from weft.kernels.sampling import draw
+
+        def draw_or_sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+            truncated = batch.any_random and batch.any_truncated
+            if truncated or batch.any_masked or logits_SV.dtype == torch.float64:
+                return sample(logits_SV, batch)
+            return draw(logits_SV, batch.temperature, batch.seed, batch.output_index)
+
+        return draw_or_sample
 
     def prepare_thread(self) -> None:
         # The runtime makes a context current lazily, the driver's calls need it at once.

@@ -273,6 +273,7 @@ class CudaExecutor:
                     self._device.torch_device,
                     self._device.attention(),
                     last_token,
+                    sampler=self._device.sampler(),
                     logits_tap=logits_tap,
                 )
                 for _ in streams

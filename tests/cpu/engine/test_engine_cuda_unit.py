@@ -32,7 +32,6 @@ def test_every_stream_equals_its_plain_run(tmp_path: Path, depth: int, seed: int
     assert not unit.errors
     assert sum(isinstance(a, Load) for a in unit.actions) >= 5, "models were switched"
     assert sum(isinstance(a, CopyKv) and a.to == "device" for a in unit.actions) >= 2
-    assert device.waits > 0, "streams waited for each other"
 
 
 def test_a_plan_log_replays_bitwise_under_disturbance(tmp_path: Path) -> None:
