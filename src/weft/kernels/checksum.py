@@ -11,7 +11,7 @@ import triton.language as tl
 BLOCK_WORDS = 8192
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "blocks"])
 def _sum_kernel(words_ptr, offsets_ptr, out_ptr, words, blocks, BLOCK: tl.constexpr):
     """Grid (pieces, blocks): the sum of one block of one piece."""
     piece = tl.program_id(0)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 LOG2E = math.log2(math.e)
-LN2 = math.log(2.0)
+MAX_SPLITS = 64
 
 
 @triton.jit
@@ -60,7 +60,11 @@ def _key_tile(
     return k, v, offs_n
 
 
-@triton.jit
+# What changes from step to step must not lead to new compilations.
+@triton.jit(
+    do_not_specialize=["splits", "out_row_stride", "lse_row_stride"],
+    do_not_specialize_on_alignment=["slot_ptr", "start_ptr", "query_ptr"],
+)
 def _decode_kernel(
     q_ptr,
     kv_ptr,
@@ -82,13 +86,13 @@ def _decode_kernel(
     out_head_stride,
     lse_row_stride,
     lse_split_stride,
+    splits,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
@@ -106,7 +110,7 @@ def _decode_kernel(
     table = table_ptr + slot * table_stride
     kv = kv_ptr + head * HEAD_DIM
 
-    span = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N
+    span = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     low = split * span
     high = tl.minimum(low + span, length)
 
@@ -167,7 +171,7 @@ def _decode_kernel(
         tl.store(lse_ptr + lse_at + offs_q, lse, mask=offs_g < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["query_ptr"])
 def _merge_kernel(
     part_ptr,
     part_lse_ptr,
@@ -177,9 +181,9 @@ def _merge_kernel(
     out_token_stride,
     out_head_stride,
     lse_token_stride,
+    splits,
     Q_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -190,8 +194,8 @@ def _merge_kernel(
     token = tl.load(query_ptr + row).to(tl.int64)
     offs_s = tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
-    in_s = offs_s < SPLITS
-    at = (row.to(tl.int64) * SPLITS + offs_s) * Q_HEADS + head
+    in_s = offs_s < splits
+    at = (row.to(tl.int64) * splits + offs_s) * Q_HEADS + head
     lse = tl.load(part_lse_ptr + at, mask=in_s, other=float("-inf"))
     top = tl.max(lse, 0)
     weight = tl.exp2(lse - top)
@@ -238,7 +242,14 @@ def _chunk_tile(
     return m_new, total, acc
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "block_slot_ptr",
+        "block_position_ptr",
+        "block_token_ptr",
+        "block_count_ptr",
+    ]
+)
 def _chunk_kernel(
     q_ptr,
     kv_ptr,
@@ -339,9 +350,9 @@ def _chunk_kernel(
 
 def decode_splits(rows: int, num_kv_heads: int, longest: int, *, num_sms: int = 132) -> int:
     """How many pieces each row's keys are cut into: 1 where the rows alone fill the device, up to
-    64 where one long row must. A function of the plan's shape only."""
+    MAX_SPLITS where one long row must. A function of the plan's shape only."""
     want = -(-2 * num_sms // (rows * num_kv_heads))
-    return max(1, min(want, -(-longest // 256), 64))
+    return max(1, min(want, -(-longest // 256), MAX_SPLITS))
 
 
 @dataclass(frozen=True)
@@ -446,13 +457,13 @@ def decode_attention(
         out.stride(1) if whole else head_dim,
         (lse.stride(0) if lse is not None else 0) if whole else row_stride,
         0 if whole else num_q_heads,
+        splits,
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_TOKENS=page_tokens,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
         BLOCK_D=block_d,
         BLOCK_N=block_n,
-        SPLITS=splits,
         BY_TOKEN=whole,
         HAS_LSE=target_lse is not None,
         num_warps=4,
@@ -469,10 +480,10 @@ def decode_attention(
         out.stride(0),
         out.stride(1),
         lse.stride(0) if lse is not None else 0,
+        splits,
         Q_HEADS=num_q_heads,
         HEAD_DIM=head_dim,
-        SPLITS=splits,
-        BLOCK_S=triton.next_power_of_2(splits),
+        BLOCK_S=MAX_SPLITS,
         BLOCK_D=block_d,
         HAS_LSE=lse is not None,
         num_warps=4,
