@@ -22,9 +22,11 @@ Table = list[tuple[str, str]]
 
 
 def tests(table: Table) -> None:
-    """tests/gpu in a process of their own."""
+    """tests/gpu, but for the one that serves over HTTP, in a process of their own."""
+    names = ("arena", "kernels", "executor", "models")
     command = [
-        *(sys.executable, "-m", "pytest", "tests/gpu", "-q", "--tb=short"),
+        *(sys.executable, "-m", "pytest", "-q", "--tb=short"),
+        *(f"tests/gpu/test_gpu_{name}.py" for name in names),
         *("-p", "no:cacheprovider", "-W", "default", "--timeout", "60"),
     ]
     done = subprocess.run(

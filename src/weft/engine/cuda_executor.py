@@ -313,7 +313,11 @@ class CudaExecutor:
     def _watch(self, channel: _Channel) -> None:
         self._device.prepare_thread()
         while (mark := channel.marks.get()) is not None:
-            mark.synchronize()
+            try:
+                mark.synchronize()
+            except Exception:
+                # The device is lost; the worker loop meets the same error in `poll` and ends.
+                log.exception("a wait for the device failed")
             self._book.wake()
 
     def _copy(self, channel: _CopyChannel) -> None:

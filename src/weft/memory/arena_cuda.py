@@ -120,12 +120,7 @@ class CudaArena:
 
     def release(self, model: str) -> None:
         for name in RANGE_NAMES:
-            self.tensor(model, name)
-        mapped = self._book.mapped()
-        for name in RANGE_NAMES:
-            held = [g for g in mapped[f"{model}/{name}"] if g >= 0]
-            if held:
-                raise ArenaError(f"{model}/{name} still holds granules {held[:8]}")
+            self._book.check_empty(model, name)
         for name in RANGE_NAMES:
             base, size, _ = self._ranges.pop((model, name))
             self._book.remove(model, name)
