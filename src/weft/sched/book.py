@@ -110,10 +110,16 @@ class ModelEntry:
     unfit: bool = False
     """`failed` because of the models that stay beside it: undone when they go."""
     unassigned: bool = False
+    starving: bool = False
+    """A row of the last step planned found no room to grow: nobody else is brought in before."""
+    blocked: bool = False
+    """It has the turn and runs nothing, for want of room: nobody else is brought in before."""
     switches_in: int = 0
     switches_out: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    draws: int = 0
+    """Tokens drawn for requests that were alive, stop tokens included: what a turn is for."""
 
 
 @dataclass(eq=False, slots=True)

@@ -40,26 +40,26 @@ class Mover:
                 total += len(memory.weights)
         return total
 
-    def make_room(self, granules: int, keep: Collection[ModelName]) -> bool:
-        """True if `granules` are free now; else set in motion what makes them so, sparing `keep`
-        (whose unused KV granules may still be taken)."""
+    def make_room(self, name: ModelName, granules: int, keep: Collection[ModelName]) -> bool:
+        """True if `granules` are free for model `name` now; else set in motion what makes them
+        so, sparing `keep` (whose unused KV granules may still be taken)."""
         ledger = self._book.ledger
         if ledger.free_granules >= granules:
             return True
         missing = granules - ledger.free_granules - self.coming_granules()
-        for name, entry in self._book.models.items():
+        for other, entry in self._book.models.items():
             if missing <= 0:
                 return False
-            if not entry.leaving:
-                empty = self._book.memory(name).kv.empty_granules()[:missing]
+            if not entry.leaving and other != name:
+                empty = self._book.memory(other).kv.empty_granules()[:missing]
                 if empty:
-                    self._unmap(name, empty)
+                    self._unmap(other, empty)
                     missing -= len(empty)
         for leaving, victims in (("all", self._victims(keep)), ("kv", self._kv_victims(keep))):
-            for name in victims:
+            for victim in victims:
                 if missing <= 0:
                     return False
-                missing -= self._send_away(name, "all" if leaving == "all" else "kv")
+                missing -= self._send_away(victim, "all" if leaving == "all" else "kv")
         return False
 
     def _victims(self, keep: Collection[ModelName]) -> list[ModelName]:
@@ -91,6 +91,7 @@ class Mover:
     def _send_away(self, name: ModelName, leaving: Leaving) -> int:
         entry, memory = self._book.models[name], self._book.memory(name)
         entry.leaving = leaving
+        self._book.changes += 1
         freed = len(memory.kv.granules) - len(memory.kv.unmapping)
         return freed + (len(memory.weights) if leaving == "all" else 0)
 
@@ -99,7 +100,8 @@ class Mover:
     def continue_leaving(self) -> None:
         """For models being moved out: drop weights, park requests, unmap what became empty."""
         for name, entry in self._book.models.items():
-            if entry.unassigned and not entry.members and not entry.leaving:
+            useless = entry.unassigned or entry.failed is not None
+            if useless and not entry.members and self._book.memory(name).held_granules:
                 entry.leaving = "all"
             if not entry.leaving:
                 continue
@@ -174,7 +176,7 @@ class Mover:
             (memory.kv_granules_for(s.known + 1) for s in entry.members.values()), default=0
         )
         room = memory.weight_granules + max(first - len(memory.kv.granules), 0)
-        if self.make_room(room, keep):
+        if self.make_room(entry.spec.name, room, keep):
             self.load(entry)
 
     def load(self, entry: ModelEntry) -> None:
@@ -197,10 +199,17 @@ class Mover:
             if wanted and fits and not entry.unassigned:
                 self.load(entry)
 
-    def admit(self, entry: ModelEntry, keep: Collection[ModelName], *, urgent: bool) -> None:
+    def admit(
+        self,
+        entry: ModelEntry,
+        *,
+        first: Collection[ModelName],
+        further: Collection[ModelName] | None,
+    ) -> None:
         """Give waiting requests device memory, in the policy's order, until one does not fit.
 
-        `urgent`: this model has the turn, so others may be sent away for it.
+        Others may be sent away for it: all but `first` while this model runs nothing, all but
+        `further` (None: nobody) once it does.
         """
         waiting = [
             Waiting(
@@ -213,6 +222,7 @@ class Mover:
             for s in entry.members.values()
             if s.phase in ("queued", "parked")
         ]
+        entry.blocked = False
         # Without its weights a model gets no KV, or that KV could keep the weights out for ever.
         if not waiting or entry.leaving or self._book.memory(entry.spec.name).state == "absent":
             return
@@ -222,10 +232,12 @@ class Mover:
                 return
             if not self._book.ledger.free_slots:
                 if not running:
-                    self._free_slots(keep)
+                    self._free_slots(first)
                 return
             state = self._book.requests[request]
-            if not self._admit_one(entry, state, running, keep, urgent=urgent):
+            keep = further if running else first
+            if not self._admit_one(entry, state, running, keep):
+                entry.blocked = not running
                 return
             running += 1
 
@@ -243,16 +255,14 @@ class Mover:
         entry: ModelEntry,
         state: RequestState,
         running: int,
-        keep: Collection[ModelName],
-        *,
-        urgent: bool,
+        keep: Collection[ModelName] | None,
     ) -> bool:
         name, memory = entry.spec.name, self._book.memory(entry.spec.name)
         pages = memory.pages_for(state.known + 1)
         if state.parked is not None:
             pages = max(pages, memory.pages_for(state.parked.tokens))
         # Whoever runs must be able to grow by a page, or the newcomer would be parked at once.
-        if not self._reserve(entry, pages + running, keep, may_evict=urgent or not running):
+        if not self._reserve(entry, pages + running, keep):
             return False
         state.pages = memory.kv.take(pages)
         state.slot = self._book.ledger.take_slot()
@@ -279,15 +289,14 @@ class Mover:
         )
         return True
 
-    def _reserve(
-        self, entry: ModelEntry, pages: int, keep: Collection[ModelName], *, may_evict: bool
-    ) -> bool:
-        """Make `pages` pages takeable, mapping granules if need be."""
+    def _reserve(self, entry: ModelEntry, pages: int, keep: Collection[ModelName] | None) -> bool:
+        """Make `pages` pages takeable, mapping granules if need be and sending away all but
+        `keep` for them (None: nobody)."""
         name, ledger = entry.spec.name, self._book.ledger
         at = ledger.plan_growth(name, pages)
-        if at is None and may_evict:
+        if at is None and keep is not None:
             granules = ledger.growth_granules(name, pages)
-            if granules is not None and self.make_room(granules, keep):
+            if granules is not None and self.make_room(name, granules, keep):
                 at = ledger.plan_growth(name, pages)
         if at is None:
             return False
@@ -310,15 +319,20 @@ class Mover:
         missing = sum(max(memory.pages_for(s.planned + tokens) - len(s.pages), 0) for s in states)
         return missing <= memory.kv.num_free
 
-    def extend(self, entry: ModelEntry, state: RequestState, positions: int) -> bool:
+    def extend(
+        self,
+        entry: ModelEntry,
+        state: RequestState,
+        positions: int,
+        keep: Collection[ModelName] | None,
+    ) -> bool:
         """Pages for positions 0..positions-1. If there is no room, what other models can give is
         set in motion, and the row waits."""
         memory = self._book.memory(entry.spec.name)
         missing = memory.pages_for(positions) - len(state.pages)
         if missing <= 0:
             return True
-        keep = {entry.spec.name}
-        if self._reserve(entry, missing, keep, may_evict=True):
+        if self._reserve(entry, missing, keep):
             state.pages += memory.kv.take(missing)
             return True
         return False

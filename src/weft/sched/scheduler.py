@@ -304,9 +304,8 @@ class UnitScheduler:
         passed = turns.try_pass()
         self._move()
         current = self._entry(turns.current)
-        # When time is up and the next model is still on its way, the lane is not left idle; but
-        # then nothing is repeated, so that the turn can pass at once.
-        if current is not None and self._stepper.fill(current, may_repeat=not turns.expired):
+        # When time is up and the next model is still on its way, the lane is not left idle.
+        if current is not None and self._stepper.fill(current, turns.next, over=turns.expired):
             turns.step_planned()
         if (turns.over and turns.next is not None) or self._newcomers(current):
             self._stepper.interrupt()
@@ -328,17 +327,18 @@ class UnitScheduler:
         """Memory for the model with the turn, then for the next one, then for preloads."""
         mover, turns = self._mover, self._turns
         current, upcoming = self._entry(turns.current), self._entry(turns.next)
-        if current is not None and current.members and not (turns.expired and current.leaving):
+        if current is not None and current.members and not turns.expired:
             alone = {current.spec.name}
-            if not turns.expired:
-                mover.bring_in(current, alone)
-            mover.admit(current, alone, urgent=not turns.expired)
-        if upcoming is not None:
+            mover.bring_in(current, alone)
+            mover.admit(current, first=alone, further={*alone, turns.next or current.spec.name})
+        holder = current if not turns.over else None
+        wanting = holder is not None and (holder.starving or holder.blocked)
+        if upcoming is not None and not wanting:
             keep = {upcoming.spec.name}
-            if current is not None and not turns.over:
-                keep.add(current.spec.name)
+            if holder is not None:
+                keep.add(holder.spec.name)
             mover.bring_in(upcoming, keep)
-            mover.admit(upcoming, keep, urgent=False)
+            mover.admit(upcoming, first=keep, further=None)
         mover.continue_leaving()
         mover.preload()
 

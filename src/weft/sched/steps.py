@@ -5,10 +5,12 @@ start, num_tokens). Up to `depth` steps are in flight; a repeated run has the la
 because only its end says where its rows stand.
 """
 
+from collections.abc import Collection
+
 from weft.core.actions import Emit, Interrupt, Row, Run, StepPlan
 from weft.core.errors import REQUEST_FAILED
 from weft.core.events import Failed, StepDone
-from weft.core.ids import ActionId
+from weft.core.ids import ActionId, ModelName
 from weft.ledger.hazards import Resource
 from weft.sched.book import Book, ModelEntry, RequestState, StepInFlight
 from weft.sched.moves import Mover
@@ -31,16 +33,35 @@ class Stepper:
         state = self._book.memory(entry.spec.name).state
         return entry.leaving is None and state in ("resident", "loading")
 
-    def fill(self, entry: ModelEntry, *, may_repeat: bool) -> bool:
-        """Plan steps of this model up to the lane's credit. True if any was planned."""
+    def fill(self, entry: ModelEntry, upcoming: ModelName | None, *, over: bool) -> bool:
+        """Plan steps of this model up to the lane's credit. True if any was planned.
+
+        `upcoming` is spared when rows need room, unless nothing could run otherwise. `over`: the
+        turn is up, so nobody is sent away for it any more, and nothing is repeated, so that the
+        turn can pass at once.
+        """
         planned = False
+        keep = None if over else {entry.spec.name, upcoming or entry.spec.name}
         while self.runnable(entry) and self._has_credit():
-            rows, states, repeat = self._build(entry, may_repeat)
+            rows, states, repeat, needy = self._build(entry, keep)
+            entry.starving = needy is not None and not over
+            if needy is not None and not over:
+                self._make_way(entry, needy, states)
             if not rows:
                 break
             self._launch(entry, rows, states, repeat)
             planned = True
         return planned
+
+    def _make_way(
+        self, entry: ModelEntry, needy: RequestState, planned: list[RequestState]
+    ) -> None:
+        """A row found no room to grow. Its own model's youngest request makes way; where nothing
+        is running at all, the model that was to be next does."""
+        if not planned and not self._book.steps:
+            missing = needy.planned + 1
+            self._mover.extend(entry, needy, missing, {entry.spec.name})
+        self._mover.shed(entry, needy, spare=planned)
 
     def _has_credit(self) -> bool:
         steps = self._book.steps.values()
@@ -61,14 +82,15 @@ class Stepper:
         return suspects[:1] or ready
 
     def _build(
-        self, entry: ModelEntry, may_repeat: bool
-    ) -> tuple[list[Row], list[RequestState], int]:
+        self, entry: ModelEntry, keep: Collection[ModelName] | None
+    ) -> tuple[list[Row], list[RequestState], int, RequestState | None]:
+        """Rows, their requests, the repeat, and the first request that found no room."""
         unit = self._book.unit
         ready = self._candidates(entry)
         decode = [s for s in ready if s.length - s.planned == 1][: unit.max_rows]
         rows: list[Row] = []
         states: list[RequestState] = []
-        repeat = self._repeat(entry, ready, decode) if may_repeat else 1
+        repeat = self._repeat(entry, ready, decode) if keep is not None else 1
         budget = unit.max_step_tokens
         needy: RequestState | None = None
         for state in [*decode, *(s for s in ready if s.length - s.planned > 1)]:
@@ -78,15 +100,13 @@ class Stepper:
             # A prefill row whose own draw is in flight would need an id that is not known here.
             assert left == 1 or not state.draws_in_flight
             num_tokens = min(left, budget)
-            if self._mover.extend(entry, state, state.planned + num_tokens + repeat - 1):
+            if self._mover.extend(entry, state, state.planned + num_tokens + repeat - 1, keep):
                 rows.append(self._row(state, num_tokens))
                 states.append(state)
                 budget -= num_tokens
             else:
                 needy = needy or state
-        if needy is not None:
-            self._mover.shed(entry, needy, spare=states)
-        return rows, states, repeat
+        return rows, states, repeat, needy
 
     def _repeat(
         self, entry: ModelEntry, ready: list[RequestState], decode: list[RequestState]
@@ -197,6 +217,7 @@ class Stepper:
         entry.prompt_tokens += max(min(stop, prompt) - min(computed_before, prompt), 0)
         if row.sample is None:
             return
+        entry.draws += 1
         output_index = len(state.emitted)
         if token in state.stop_ids and output_index >= state.request.min_tokens:
             self._book.finish(state, "stop", tokens=tuple(emit))

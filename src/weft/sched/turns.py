@@ -16,7 +16,7 @@ class Turns:
         self.next: ModelName | None = None
         """Who should be made ready while the current one runs."""
         self.started_ns: int | None = None
-        self.turns = 0
+        self._draws_before = 0
 
     def _view(self, entry: ModelEntry) -> TurnView:
         return TurnView(
@@ -54,8 +54,12 @@ class Turns:
 
     @property
     def expired(self) -> bool:
+        """Time is up, somebody waits, and the turn has drawn a token. Without the last, models
+        whose KV cannot be parked could throw each other out for ever before any gets to draw."""
         end = self.end_ns()
-        return self.next is not None and end is not None and self._book.now_ns >= end
+        if self.next is None or self.current is None or end is None or self._book.now_ns < end:
+            return False
+        return self._book.models[self.current].draws > self._draws_before
 
     @property
     def over(self) -> bool:
@@ -82,7 +86,7 @@ class Turns:
         if current is not None:
             current.last_turn_end_ns = self._book.now_ns
         self.current, self.next, self.started_ns = self.next, None, None
-        self.turns += 1
+        self._draws_before = entry.draws
         self.choose_next()
         return True
 
