@@ -111,7 +111,7 @@ def model(name: str, *, granules: int = 4, **changes: object) -> ModelSpec:
         "weight_bytes": granules * 64 * KIB,
         "num_layers": 2,
         "page_tokens": 4,
-        "page_bytes": 32 * KIB,
+        "page_bytes": 4 * KIB,
         "max_context_tokens": 256,
         "vocab_size": 50,
     }
@@ -212,7 +212,7 @@ def test_a_lone_decode_batch_is_repeated_and_a_newcomer_interrupts_it() -> None:
 
 def test_a_request_that_is_too_long_for_the_device_is_refused_with_the_sizes() -> None:
     events = [(0, request(0, "a", tokens=240)), (0, request(1, "a", tokens=10))]
-    outcome = run_scenario(scenario([model("a", granules=8)], events))
+    outcome = run_scenario(scenario([model("a", granules=10)], events))
     assert outcome.finish == {0: "error", 1: "length"}
     assert "context_length_exceeded" in outcome.errors[RequestId(0)]
 
