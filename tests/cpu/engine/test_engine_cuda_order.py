@@ -34,7 +34,8 @@ from support.fake_device import FakeDevice
 from weft.core.actions import Interrupt
 from weft.core.events import Done, StepDone
 from weft.core.request import Extent
-from weft.engine.cuda_executor import AHEAD, CudaExecutor
+from weft.engine.cuda_executor import CudaExecutor
+from weft.engine.cuda_steps import AHEAD
 
 
 @pytest.fixture(scope="module")
