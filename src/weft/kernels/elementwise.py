@@ -112,7 +112,7 @@ def _silu_kernel(
 def _store_kernel(
     k_ptr,
     v_ptr,
-    kv_ptr,
+    kv_address,
     position_ptr,
     row_ptr,
     slot_ptr,
@@ -135,7 +135,7 @@ def _store_kernel(
     position = tl.load(position_ptr + token)
     slot = tl.load(slot_ptr + tl.load(row_ptr + token)).to(tl.int64)
     page = tl.load(table_ptr + slot * table_stride + position // PAGE_TOKENS).to(tl.int64)
-    to = kv_ptr + page * page_stride + (position % PAGE_TOKENS) * token_stride
+    to = kv_address.to(k_ptr.dtype) + page * page_stride + (position % PAGE_TOKENS) * token_stride
     at = tl.arange(0, BLOCK)
     inside = at < HEADS * HEAD_DIM
     head = at // HEAD_DIM
@@ -261,7 +261,7 @@ def store_kv(
     _store_kernel[(tokens,)](
         k_TGD,
         v_TGD,
-        kv,
+        kv.data_ptr(),
         positions,
         token_rows,
         slots,

@@ -60,6 +60,8 @@ def _key_tile(
     return k, v, offs_n
 
 
+# The KV range comes as an address, not as a tensor: its first granule may be unmapped while later
+# ones are in use, and a launcher that looks at the pointer would refuse it.
 # What changes from step to step must not lead to new compilations.
 @triton.jit(
     do_not_specialize=["splits", "out_row_stride", "lse_row_stride"],
@@ -67,7 +69,7 @@ def _key_tile(
 )
 def _decode_kernel(
     q_ptr,
-    kv_ptr,
+    kv_address,
     table_ptr,
     slot_ptr,
     start_ptr,
@@ -108,7 +110,7 @@ def _decode_kernel(
     length = tl.load(start_ptr + row) + 1
     token = tl.load(query_ptr + row).to(tl.int64)
     table = table_ptr + slot * table_stride
-    kv = kv_ptr + head * HEAD_DIM
+    kv = kv_address.to(q_ptr.dtype) + head * HEAD_DIM
 
     span = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     low = split * span
@@ -252,7 +254,7 @@ def _chunk_tile(
 )
 def _chunk_kernel(
     q_ptr,
-    kv_ptr,
+    kv_address,
     table_ptr,
     block_slot_ptr,
     block_position_ptr,
@@ -287,7 +289,7 @@ def _chunk_kernel(
     token0 = tl.load(block_token_ptr + block).to(tl.int64)
     count = tl.load(block_count_ptr + block)
     table = table_ptr + slot * table_stride
-    kv = kv_ptr + head * HEAD_DIM
+    kv = kv_address.to(q_ptr.dtype) + head * HEAD_DIM
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_t = offs_m // GROUP
@@ -438,7 +440,7 @@ def decode_attention(
     target_lse = lse if whole else partial_lse
     _decode_kernel[(rows, num_kv_heads, splits)](
         q,
-        kv,
+        kv.data_ptr(),
         page_table,
         slot,
         start,
@@ -510,7 +512,7 @@ def chunk_attention(
     half = q.element_size() == 2 and block_d <= 128
     _chunk_kernel[(blocks.slot.shape[0], num_kv_heads)](
         q,
-        kv,
+        kv.data_ptr(),
         page_table,
         blocks.slot,
         blocks.position,
