@@ -12,13 +12,14 @@ BLOCK_WORDS = 8192
 
 
 @triton.jit(do_not_specialize=["words", "blocks"])
-def _sum_kernel(words_ptr, offsets_ptr, out_ptr, words, blocks, BLOCK: tl.constexpr):
-    """Grid (pieces, blocks): the sum of one block of one piece."""
+def _sum_kernel(words_address, offsets_ptr, out_ptr, words, blocks, BLOCK: tl.constexpr):
+    """Grid (pieces, blocks): the sum of one block of one piece. The memory comes as an address: its
+    first bytes may be unmapped."""
     piece = tl.program_id(0)
     block = tl.program_id(1)
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(offsets_ptr + piece)
-    word = tl.load(words_ptr + start + at, mask=at < words, other=0)
+    word = tl.load(words_address.to(offsets_ptr.dtype) + start + at, mask=at < words, other=0)
     tl.store(out_ptr + piece * blocks + block, tl.sum(word * (2 * at + 1), 0))
 
 
@@ -35,9 +36,8 @@ def device_sums(memory: torch.Tensor, offsets: list[int], num_bytes: int) -> tor
     places = torch.tensor([offset // 8 for offset in offsets], dtype=torch.int64)
     if memory.is_cuda:
         places = places.pin_memory().to(memory.device, non_blocking=True)
-    whole = memory[: memory.numel() // 8 * 8].view(torch.int64)
     out = torch.empty((len(offsets), blocks), dtype=torch.int64, device=memory.device)
     _sum_kernel[(len(offsets), blocks)](
-        whole, places, out, words, blocks, BLOCK=BLOCK_WORDS, num_warps=8
+        memory.data_ptr(), places, out, words, blocks, BLOCK=BLOCK_WORDS, num_warps=8
     )
     return out.sum(1)
