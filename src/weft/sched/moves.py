@@ -211,6 +211,12 @@ class Mover:
         Others may be sent away for it: all but `first` while this model runs nothing, all but
         `further` (None: nobody) once it does.
         """
+        entry.blocked = False
+        running = sum(s.phase in ("running", "resuming") for s in entry.members.values())
+        # Without its weights a model gets no KV, or that KV could keep the weights out for ever.
+        absent = self._book.memory(entry.spec.name).state == "absent"
+        if running >= self._book.unit.max_rows or entry.leaving or absent:
+            return
         waiting = [
             Waiting(
                 request=s.id,
@@ -222,11 +228,6 @@ class Mover:
             for s in entry.members.values()
             if s.phase in ("queued", "parked")
         ]
-        entry.blocked = False
-        # Without its weights a model gets no KV, or that KV could keep the weights out for ever.
-        if not waiting or entry.leaving or self._book.memory(entry.spec.name).state == "absent":
-            return
-        running = sum(s.phase in ("running", "resuming") for s in entry.members.values())
         for request in self._preset.prefill.order(waiting, self._book.now_ns):
             if running >= self._book.unit.max_rows:
                 return

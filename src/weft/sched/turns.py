@@ -16,6 +16,7 @@ class Turns:
         self.next: ModelName | None = None
         """Who should be made ready while the current one runs."""
         self.started_ns: int | None = None
+        self._quota_ns = 0
         self._draws_before = 0
 
     def _view(self, entry: ModelEntry) -> TurnView:
@@ -45,12 +46,9 @@ class Turns:
 
     def end_ns(self) -> int | None:
         """When the current turn has used its quota; None if it has not begun."""
-        if self.current is None or self.started_ns is None:
+        if self.current not in self._book.models or self.started_ns is None:
             return None
-        entry = self._book.models.get(self.current)
-        if entry is None:
-            return None
-        return self.started_ns + self._preset.decode.quota_ns(self._view(entry))
+        return self.started_ns + self._quota_ns
 
     @property
     def expired(self) -> bool:
@@ -86,6 +84,7 @@ class Turns:
         if current is not None:
             current.last_turn_end_ns = self._book.now_ns
         self.current, self.next, self.started_ns = self.next, None, None
+        self._quota_ns = self._preset.decode.quota_ns(self._view(entry))
         self._draws_before = entry.draws
         self.choose_next()
         return True

@@ -108,6 +108,7 @@ class ModelledExecutor:
         self._sequence = 0
         self._out: list[UnitEvent] = []
         self._granules: dict[int, tuple[ModelName, str, int]] = {}
+        self._mapped_kv: dict[ModelName, set[int]] = {}
         self._weights: dict[ModelName, bool] = {}
         self._kv: dict[tuple[ModelName, int], list[Cell | None]] = {}
         self._tables: dict[int, list[int]] = {}
@@ -341,7 +342,7 @@ class ModelledExecutor:
         spec = self._models[model]
         first = page * spec.page_bytes // self.unit.granule_bytes
         last = ((page + 1) * spec.page_bytes - 1) // self.unit.granule_bytes
-        mapped = {at for m, kind, at in self._granules.values() if m == model and kind == "kv"}
+        mapped = self._mapped_kv.get(model, set())
         assert mapped.issuperset(range(first, last + 1)), f"{model}: page {page} is not mapped"
         return self._kv.setdefault((model, page), [None] * spec.page_tokens)
 
@@ -396,6 +397,8 @@ class ModelledExecutor:
             assert granule not in self._granules, f"granule {granule} is mapped twice"
             assert (model, kind, virtual) not in self._granules.values()
             self._granules[granule] = (model, kind, virtual)
+        if kind == "kv":
+            self._mapped_kv.setdefault(model, set()).update(at)
 
     def _unmap(
         self, model: ModelName, kind: str, at: tuple[int, ...], granules: tuple[int, ...]
@@ -404,6 +407,7 @@ class ModelledExecutor:
             assert self._granules.pop(granule, None) == (model, kind, virtual)
         if kind == "kv":
             size, gone = self._models[model].page_bytes, set(at)
+            self._mapped_kv[model] -= gone
             for key in [k for k in self._kv if k[0] == model]:
                 first = key[1] * size // self.unit.granule_bytes
                 last = ((key[1] + 1) * size - 1) // self.unit.granule_bytes
