@@ -250,7 +250,8 @@ def main() -> int:
         console.print("\nEnded.")
         return 130
     except DemoError as error:
-        console.print(f"demo: {error}; see {shown(log)}", style="red", markup=False)
+        text = f"demo: {error}; see {shown(log)}"
+        console.print(text, style="red", markup=False, soft_wrap=True)
         if log.exists():
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
             console.print("\n".join(lines), highlight=False, markup=False)

@@ -21,11 +21,19 @@ MIN_TOKENS = 2
 class LogitsLog:
     """A `logits_tap` that keeps every iteration's logits, noise left out."""
 
-    kept: list[torch.Tensor] = field(default_factory=list)
+    _taken: list[tuple[int, int, torch.Tensor]] = field(default_factory=list)
+    """First row's request, its position, logits."""
 
     def __call__(self, plan: StepPlan, iteration: int, logits: torch.Tensor) -> None:
-        if plan.rows[0].request < NOISE_REQUESTS:
-            self.kept.append(logits.cpu())
+        first = plan.rows[0]
+        if first.request < NOISE_REQUESTS:
+            self._taken.append((first.request, first.start + iteration, logits.cpu()))
+
+    @property
+    def kept(self) -> list[torch.Tensor]:
+        """By request and position: a device may run a step of another model between the iterations
+        of a repeated one, so the order in time is no property of a plan log."""
+        return [logits for *_, logits in sorted(self._taken, key=lambda entry: entry[:2])]
 
 
 @dataclass

