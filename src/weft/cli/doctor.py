@@ -77,7 +77,7 @@ def check_cores() -> Iterator[Finding]:
 
 
 def check_memory() -> Iterator[Finding]:
-    from weft.node.host_memory import memory_limit_bytes
+    from weft.memory.limits import memory_limit_bytes
 
     limit = memory_limit_bytes()
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from weft.core.errors import WeftError
-from weft.node.host_memory import memory_limit_bytes
+from weft.memory.limits import memory_limit_bytes
 
 CPU_GRANULE_BYTES = 1 << 20
 CUDA_GRANULE_BYTES = 64 << 20

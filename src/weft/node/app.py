@@ -18,8 +18,8 @@ from weft.core.errors import WeftError
 from weft.hub.base import ModelCard
 from weft.hub.hub import PoolHub
 from weft.memory.host_store import HostStore
+from weft.memory.limits import host_store_bytes, memory_limit_bytes
 from weft.node.agent import WORKER_COMMAND, NodeAgent
-from weft.node.host_memory import host_store_bytes, memory_limit_bytes
 from weft.node.images import (
     BuildStopped,
     FailedModel,

@@ -5,7 +5,7 @@ import torch
 
 from weft.core.errors import WeftError
 from weft.engine.device import CPU_GRANULE_BYTES, probe
-from weft.node.host_memory import memory_limit_bytes
+from weft.memory.limits import memory_limit_bytes
 
 
 def test_the_cpu_lends_a_quarter_or_what_was_asked() -> None:

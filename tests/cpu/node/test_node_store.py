@@ -12,8 +12,8 @@ from support.tiny import tiny_checkpoint
 from weft.config.pool_config import PoolConfig
 from weft.core.errors import WeftError
 from weft.memory.host_store import HostStore
+from weft.memory.limits import host_store_bytes, memory_limit_bytes
 from weft.node import images
-from weft.node.host_memory import host_store_bytes, memory_limit_bytes
 from weft.node.images import BuildStopped, build, by_image, plan_store
 
 MIB = 1 << 20
