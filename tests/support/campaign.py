@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -204,6 +205,10 @@ class House:
         if unit["status"] is not None:
             loads = sum(model["switches_in"] for model in unit["status"]["models"])
             self._loads[unit["incarnation"]] = loads
+
+    def deaths(self) -> list[str]:
+        """What every worker that is gone died of, from the server's log."""
+        return re.findall(r"unit\d+\.\d+ is lost: (.*)", self.pool.log())
 
     @property
     def switches_seen(self) -> int:
