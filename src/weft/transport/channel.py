@@ -84,6 +84,9 @@ class WorkerChannel:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._reader = FrameReader(msgspec.msgpack.Decoder(HubMessage))
+        # Not select.select: a busy server passes on a descriptor of any number, also above 1023.
+        self._arrival = select.poll()
+        self._arrival.register(sock, select.POLLIN)
         sock.setblocking(True)
 
     def fileno(self) -> int:
@@ -101,7 +104,7 @@ class WorkerChannel:
         ChannelClosed once the hub is gone and everything it sent was returned."""
         messages: list[HubMessage] = []
         while not messages:
-            if not select.select([self._sock], [], [], timeout_s)[0]:
+            if not self._arrival.poll(None if timeout_s is None else timeout_s * 1e3):
                 break
             messages = self._read()
         return messages

@@ -1,7 +1,9 @@
 """Frames, and who hears what when the other end dies."""
 
 import asyncio
+import fcntl
 import itertools
+import resource
 import socket
 import subprocess
 import sys
@@ -238,3 +240,22 @@ def test_a_message_larger_than_a_frame_is_refused_by_its_sender() -> None:
     huge = StepRequests(incarnation=1, requests=(RequestId(2**40),) * (MAX_FRAME_BYTES // 9 + 10))
     with pytest.raises(ValueError, match="larger than a frame"):
         encode_frame(huge)
+
+
+def test_a_worker_hears_on_a_descriptor_above_1023() -> None:
+    """A server with a thousand open streams hands such a one to the worker it restarts."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] != resource.RLIM_INFINITY and before[1] < 1100:
+        pytest.skip("no descriptor above 1023 can be had here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 1100), before[1]))
+    try:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            high = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, 1024)
+            channel = WorkerChannel(socket.socket(fileno=high))
+            assert channel.receive(0.0) == []
+            ours.sendall(encode_frame(Shutdown()))
+            assert channel.receive(None) == [Shutdown()]
+            channel.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
