@@ -10,7 +10,8 @@ from weft.core.errors import WeftError
 MAX_CONFIG_BYTES = 8 << 20
 MAX_DEPTH = 32
 
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+# Possessive, and a string without its end takes all the rest: linear, whatever a stranger wrote.
+_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
