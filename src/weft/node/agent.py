@@ -121,13 +121,15 @@ class NodeAgent:
             return
         loop = asyncio.get_running_loop()
         config = msgspec.structs.replace(self._configs[unit], incarnation=incarnation)
-        ours, theirs = socket.socketpair()
         label = f"unit{unit}.{incarnation}"
+        ours: socket.socket | None = None
         try:
+            ours, theirs = socket.socketpair()
             with theirs:
                 process = self._spawn(label, theirs.fileno())
-        except OSError as error:
-            ours.close()
+        except OSError as error:  # also where the server has no descriptor left for the sockets
+            if ours is not None:
+                ours.close()
             loop.call_soon(self.hub.unit_lost, unit, incarnation, f"cannot start a worker: {error}")
             return
         log.info("%s starts (pid %d)", label, process.pid)

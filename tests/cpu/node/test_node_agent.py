@@ -4,9 +4,11 @@ Kill -9 comes at random moments; the fake executor checks every page it resumes 
 """
 
 import asyncio
+import errno
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -245,6 +247,26 @@ def test_a_command_that_does_not_exist() -> None:
         async with pool(command=("/nowhere/weft-worker",), limits=limits) as (hub, _):
             failed = await ask(hub, 1)
             assert isinstance(failed, ReplyError) and "cannot start a worker" in failed.message
+
+    asyncio.run(scenario())
+
+
+def test_a_server_without_a_free_descriptor_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        pairs = socket.socketpair
+        full = 2
+
+        def socketpair() -> tuple[socket.socket, socket.socket]:
+            nonlocal full
+            full -= 1
+            if full >= 0:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return pairs()
+
+        monkeypatch.setattr("weft.node.agent.socket.socketpair", socketpair)
+        async with pool(limits=Limits(backoff_s=0.01, max_failures=9)) as (hub, _):
+            tokens = await ask(hub, 1)
+            assert not isinstance(tokens, ReplyError) and full < 0
 
     asyncio.run(scenario())
 
