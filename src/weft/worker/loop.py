@@ -6,18 +6,31 @@ instant; what it answers is told to the hub first and submitted second. That ord
 news that the extent's old content is gone, and a kill -9 in between loses nothing.
 """
 
+import logging
 import selectors
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from weft.core.actions import Run, Status, UnitAction, UnitNotice, WakeAt
-from weft.core.events import CopyDone, Done, Failed, ReportStatus, StepDone, UnitEvent, Woke
+from weft.core.events import (
+    Assign,
+    CopyDone,
+    Done,
+    Failed,
+    ReportStatus,
+    StepDone,
+    Unassign,
+    UnitEvent,
+    Woke,
+)
 from weft.core.ids import ActionId, ModelName, RequestId
 from weft.engine.base import Executor
 from weft.transport.channel import WorkerChannel
 from weft.transport.messages import Configure, Shutdown, StepRequests, UnitEvents, UnitNotices
 from weft.worker.trace import Recorder
+
+log = logging.getLogger("weft.worker")
 
 REPORT_EVERY_NS = 100_000_000
 """A status at most this often while things happen."""
@@ -34,7 +47,9 @@ class Scheduler(Protocol):
 
     def check_integrity(self) -> None: ...
 
-    def mapped(self) -> dict[str, tuple[int, ...]]: ...
+    def mapped(self) -> dict[str, tuple[int, ...]]:
+        """Per "model/weights" and "model/kv" of every model it knows."""
+        ...
 
 
 class Worker:
@@ -59,6 +74,8 @@ class Worker:
         self._check = check
         self._clock = clock
         self._bound: set[ModelName] = set()
+        self._leaving: set[ModelName] = set()
+        """Unassigned, not yet forgotten by the scheduler."""
         self._in_flight: dict[ActionId, UnitAction] = {}
         self._told_steps: frozenset[RequestId] = frozenset()
         self._wake_ns: int | None = None
@@ -115,6 +132,7 @@ class Worker:
             self._executor.submit(action)
             if self._recorder:
                 self._recorder.submitted(action, planned_ns, self._clock())
+        self._unbind(events)
         if self._check and not self._waiting and not self._in_flight:
             self._scheduler.check_integrity()
             self._executor.check_integrity(mapped=self._scheduler.mapped())
@@ -140,9 +158,33 @@ class Worker:
 
     def _bind(self, message: UnitEvents) -> None:
         for bind in message.bind:
-            if bind.model.name not in self._bound:
-                self._bound.add(bind.model.name)
+            if bind.model.name in self._bound:
+                continue
+            try:
                 self._executor.bind(bind.model, bind.arch, bind.image)
+            except Exception:
+                # No room for its tables, say: a fault of one model. Its loads fail, the scheduler
+                # refuses its requests, and the others are served.
+                log.exception("model=%s cannot be bound", bind.model.name)
+            else:
+                self._bound.add(bind.model.name)
+
+    def _unbind(self, events: Sequence[UnitEvent]) -> None:
+        """Give back the address ranges of unassigned models, once the scheduler has forgotten
+        them: their last request, drop and unmapping have ended."""
+        for event in events:
+            match event:
+                case Assign(model=model):
+                    self._leaving.discard(model.name)
+                case Unassign(model=name) if name in self._bound:
+                    self._leaving.add(name)
+        if not self._leaving:
+            return
+        known = self._scheduler.mapped()
+        for name in [name for name in self._leaving if f"{name}/kv" not in known]:
+            self._leaving.remove(name)
+            self._bound.remove(name)
+            self._executor.unbind(name)
 
     def _ended(self, event: UnitEvent) -> None:
         if self._recorder:

@@ -33,6 +33,7 @@ from weft.core.events import (
     ReportStatus,
     StepDone,
     Submit,
+    Unassign,
     UnitEvent,
     Woke,
 )
@@ -92,6 +93,8 @@ class World:
         self.answers: list[list[UnitAction | UnitNotice]] = []
         self.ends: list[UnitEvent] = []
         self.on_handle: Callable[[], None] | None = None
+        self.known: dict[str, tuple[int, ...]] = {"m/kv": (1,)}
+        self.unbindable = False
         self.worker = Worker(
             1, self.channel, self, self, check=check, recorder=recorder, clock=lambda: self.now_ns
         )
@@ -106,16 +109,18 @@ class World:
         self.story.append("scheduler checked")
 
     def mapped(self) -> dict[str, tuple[int, ...]]:
-        return {"m/kv": (1,)}
+        return self.known
 
     # the executor (check_integrity serves both)
 
     def bind(self, model: ModelSpec, arch: Architecture, image: ImageRef) -> None:
         self.hear()
+        if self.unbindable:
+            raise RuntimeError("no memory for its tables")
         self.story.append(f"bind {model.name}")
 
     def unbind(self, model: ModelName) -> None:
-        raise AssertionError
+        self.story.append(f"unbind {model}")
 
     def submit(self, action: UnitAction) -> None:
         self.hear()
@@ -244,15 +249,56 @@ def test_an_instant_in_several_messages_is_handled_whole(world: World) -> None:
     assert [e.request.id for e in events if isinstance(e, Submit)] == [1, 1, 2]
 
 
+BIND = UnitEvents(
+    incarnation=1,
+    bind=(BindModel(model=spec(), arch=ARCH, image=ImageRef(key="k", offset=0, num_bytes=1)),),
+    events=(Assign(model=spec()),),
+)
+UNASSIGN = UnitEvents(incarnation=1, events=(Unassign(model=ModelName("m")),))
+
+
 def test_models_are_bound_once_and_before_their_events(world: World) -> None:
-    bind = BindModel(model=spec(), arch=ARCH, image=ImageRef(key="k", offset=0, num_bytes=1))
-    message = UnitEvents(incarnation=1, bind=(bind,), events=(Assign(model=spec()),))
     load = Load(id=ActionId(1), model=ModelName("m"), granules=(GranuleId(0),))
-    world.send(message)
+    world.send(BIND)
     world.turn(load)
-    world.send(message)
+    world.send(BIND)
     world.turn()
     assert world.story == ["bind m", load]
+
+
+def test_a_model_that_cannot_be_bound_does_not_end_the_worker(world: World) -> None:
+    """A worker that died of it would die again at every restart, and all models with it."""
+    world.unbindable = True
+    world.send(BIND)
+    assert [type(e) for e in world.turn()] == [Assign]
+    world.unbindable = False
+    world.send(BIND)
+    world.turn()
+    assert world.story == ["bind m"]
+
+
+def test_a_model_is_unbound_when_the_scheduler_has_forgotten_it(world: World) -> None:
+    world.send(BIND)
+    world.turn()
+    world.send(UNASSIGN)
+    world.turn()
+    assert world.story == ["bind m"], "a request of it is still running"
+    world.known = {}
+    world.ends = [Done(action=ActionId(9))]
+    world.worker._in_flight[ActionId(9)] = Drop(id=ActionId(9), model=ModelName("m"), granules=())
+    world.turn()
+    world.send(BIND)
+    world.turn()
+    assert world.story == ["bind m", "unbind m", "bind m"]
+
+
+def test_a_model_that_is_assigned_again_stays_bound(world: World) -> None:
+    world.send(BIND, UNASSIGN, BIND)
+    world.turn()
+    world.known = {}
+    world.send(submit(1))
+    world.turn()
+    assert world.story == ["bind m"]
 
 
 def test_words_for_another_incarnation_are_a_fault(world: World) -> None:
