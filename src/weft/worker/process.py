@@ -61,6 +61,8 @@ def build_unit(config: WorkerConfig, host: HostStore) -> BuiltUnit:
         max_step_tokens=config.max_step_tokens,
         max_repeat=config.max_repeat,
     )
+    # First what may refuse its arguments: an executor that nobody gets is closed by nobody.
+    scheduler = UnitScheduler(spec, preset(config.policy, turn_s=config.turn_s))
     executor: Executor
     if facts.kind == "cuda":
         from weft.engine.cuda_executor import CudaExecutor
@@ -70,7 +72,6 @@ def build_unit(config: WorkerConfig, host: HostStore) -> BuiltUnit:
         from weft.engine.cpu_executor import CpuExecutor
 
         executor = CpuExecutor(spec, host, threads=config.cpu_threads, verify=config.check)
-    scheduler = UnitScheduler(spec, preset(config.policy, turn_s=config.turn_s))
     return BuiltUnit(facts.name, spec, scheduler, executor)
 
 
