@@ -20,7 +20,7 @@ from weft.core.actions import Row, StepPlan
 from weft.core.model import Architecture, ModelSpec
 from weft.core.unit import UnitSpec
 from weft.engine.base import ImageRef
-from weft.engine.sampler import SamplingBatch, sample
+from weft.engine.sampler import SamplingBatch, sample, signed64
 from weft.memory.base import Arena
 from weft.models.decoder import Decoder
 from weft.models.layout import ImageLayout, image_layout
@@ -51,7 +51,7 @@ class BoundModel:
     """uint8 over the whole KV range."""
     kv: KvView
     page_table: torch.Tensor
-    """int32 [N, pages of the longest context]: page ids of each slot."""
+    """int32 [N, pages of the longest context that the arena can hold]: page ids of each slot."""
 
 
 def kv_range_bytes(unit: UnitSpec) -> int:
@@ -84,8 +84,11 @@ def bind_model(
     try:
         weights = arena.tensor(spec.name, "weights")
         kv_bytes = arena.tensor(spec.name, "kv")
-        decoder = make_decoder(arch, weights, max_tokens=spec.max_context_tokens)
-        max_pages = -(-spec.max_context_tokens // spec.page_tokens)
+        # No request is longer than the pages there are, however long a context config.json claims.
+        asked = -(-spec.max_context_tokens // spec.page_tokens)
+        max_pages = max(1, min(asked, kv_bytes.numel() // spec.page_bytes))
+        max_tokens = min(spec.max_context_tokens, max_pages * spec.page_tokens)
+        decoder = make_decoder(arch, weights, max_tokens=max_tokens)
         return BoundModel(
             spec=spec,
             arch=arch,
@@ -129,8 +132,9 @@ def _check_row(row: Row, repeat: int, model: BoundModel, unit: UnitSpec) -> None
     if row.num_tokens < 1 or row.start < 0:
         raise ValueError(f"{who}: {row.num_tokens} tokens from position {row.start}")
     end = row.start + row.num_tokens + repeat - 1
-    if end > model.spec.max_context_tokens:
-        raise ValueError(f"{who}: position {end} is beyond {model.spec.max_context_tokens}")
+    longest = min(model.spec.max_context_tokens, max_pages * model.spec.page_tokens)
+    if end > longest:
+        raise ValueError(f"{who}: position {end} is beyond {longest}")
     if row.input is None:
         if row.num_tokens != 1:
             raise ValueError(f"{who}: a row without input ids has one token")
@@ -372,7 +376,7 @@ class Runner:
         fill("temperature", [s.temperature for s in settings], np.float64)
         fill("top_p", [s.top_p for s in settings], np.float64)
         fill("top_k", [s.top_k for s in settings], np.int64)
-        fill("seed", [_signed64(s.seed) for s in settings], np.int64)
+        fill("seed", [signed64(s.seed) for s in settings], np.int64)
         fill("output_index", [row.output_index for row in sampling], np.int64)
         fill("min_remaining", [row.min_remaining for row in sampling], np.int64)
 
@@ -438,9 +442,3 @@ class Runner:
             starts=tuple(start + done for start in step.row_starts),
             num_tokens=step.row_tokens,
         )
-
-
-def _signed64(seed: int) -> int:
-    """The low 64 bits as two's complement."""
-    low = seed & (1 << 64) - 1
-    return low - (1 << 64) if low >= 1 << 63 else low

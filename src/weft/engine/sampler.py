@@ -58,7 +58,7 @@ class SamplingBatch:
             temperature=torch.tensor([s.temperature for _, s in pairs], dtype=torch.float64),
             top_p=torch.tensor([s.top_p for _, s in pairs], dtype=torch.float64),
             top_k=torch.tensor([s.top_k for _, s in pairs], dtype=torch.int64),
-            seed=torch.tensor([_as_int64(s.seed) for _, s in pairs], dtype=torch.int64),
+            seed=torch.tensor([signed64(s.seed) for _, s in pairs], dtype=torch.int64),
             output_index=torch.tensor([row.output_index for row, _ in pairs], dtype=torch.int64),
             stop_ids=torch.tensor(stops, dtype=torch.int64).view(len(pairs), width),
             min_remaining=torch.tensor([row.min_remaining for row, _ in pairs], dtype=torch.int64),
@@ -179,6 +179,7 @@ def _argmax(x_SV: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.where(best, ids, x_SV.shape[1]).amin(-1)
 
 
-def _as_int64(seed: int) -> int:
+def signed64(seed: int) -> int:
+    """The low 64 bits as two's complement."""
     low = seed & ((1 << 64) - 1)
     return low - (1 << 64) if low >> 63 else low

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from weft.core.actions import Row, StepPlan
 from weft.core.request import Sampling
 from weft.core.unit import UnitSpec
 from weft.engine.base import ImageRef
-from weft.engine.runner import BoundModel, Runner, bind_model, kv_range_bytes
+from weft.engine.runner import BoundModel, Runner, bind_model, check_plan, kv_range_bytes
 from weft.memory.arena_cpu import CpuArena
 
 Make = Callable[..., tuple[Runner, BoundModel]]
@@ -69,6 +70,23 @@ def test_page_tables_of_the_longest_context_for_every_row(make: Make, folder: Pa
     plain = PlainModel(folder / "a", "float64")
     for i, prompt in enumerate(prompts):
         assert [tokens[i] for tokens in drawn] == plain.generate(prompt, 7)[0]
+
+
+def test_tables_are_no_longer_than_the_arena_can_hold(make: Make, folder: Path) -> None:
+    """A context of a million tokens in config.json costs what this device can make of it."""
+    runner, model = make()
+    boast = 1 << 20
+    arch = msgspec.structs.replace(model.arch, max_position=boast)
+    spec = msgspec.structs.replace(model.spec, max_context_tokens=boast)
+    arena = CpuArena(runner._unit.granule_bytes, runner._unit.num_granules)
+    bound = bind_model(arena, runner._unit, spec, arch, model.image)
+    pages = bound.kv.pages.shape[0]
+    assert bound.page_table.shape[1] == pages
+    assert bound.decoder._cos.shape[0] == pages * spec.page_tokens
+    last = pages * spec.page_tokens
+    check_plan(StepPlan(model=spec.name, rows=(row(last - 1, [1]),)), bound, runner._unit)
+    with pytest.raises(ValueError, match=f"position {last + 1} is beyond {last}"):
+        check_plan(StepPlan(model=spec.name, rows=(row(last, [1]),)), bound, runner._unit)
 
 
 @pytest.mark.parametrize("seed", [0, -1, (1 << 63) + 5, (1 << 64) - 1, -(1 << 63), 1 << 70])
