@@ -250,6 +250,7 @@ def open_house(
         server={"keepalive_s": 3600, "hold_s": 3600},
         turn_s=TURN_S,
         trace_dir=folder / "trace",
+        main="support.campaign_main",
     ) as pool:
         pool.wait_ready()
         yield House(pool, folder / "trace", images_bytes, parked_bytes)

@@ -5,13 +5,16 @@ argv: configuration file, folder of its relative paths, "check" or "plain", and 
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from weft.config.pool_config import parse_pool_config
 from weft.node.app import run_pool
 
-if __name__ == "__main__":
-    file, base_dir, check, trace_dir = sys.argv[1:5]
+
+def main(argv: Sequence[str]) -> None:
+    """Run a pool to its end."""
+    file, base_dir, check, trace_dir = argv
     run_pool(
         parse_pool_config(Path(file).read_text(), source=file),
         Path(base_dir),
@@ -19,3 +22,7 @@ if __name__ == "__main__":
         trace_dir=None if trace_dir == "-" else Path(trace_dir),
         on_ready=lambda url: print(url, flush=True),
     )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -70,10 +70,11 @@ def running_pool(
     server: dict[str, Any] | None = None,
     check: bool = True,
     trace_dir: Path | None = None,
+    main: str = "support.pool_main",
     **top: Any,
 ) -> Iterator[PoolProcess]:
     """A pool on a free port, stopped at the end. `models` as in pool.yaml, paths may be relative
-    to `folder`; `top` are further keys of pool.yaml."""
+    to `folder`; `top` are further keys of pool.yaml. `main` is the module that the process runs."""
     config = {
         "models": list(models),
         "engine": {
@@ -97,7 +98,7 @@ def running_pool(
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(folder / TEMP),
     }
-    command = [sys.executable, "-m", "support.pool_main", str(file), str(folder)]
+    command = [sys.executable, "-m", main, str(file), str(folder)]
     command += ["check" if check else "plain", str(trace_dir or "-")]
     with log_file.open("wb") as log:
         process = subprocess.Popen(
