@@ -72,7 +72,8 @@ def plan_store(config: PoolConfig, base_dir: Path, budget_bytes: int) -> StorePl
     images: dict[str, ImageRef] = {}
     end = 0
     for model in config.models:
-        path = (base_dir / model.path).resolve()
+        # Not Path.resolve: that raises on a link that leads to itself, here still outside the try.
+        path = Path(os.path.realpath(base_dir / model.path))
         try:
             arch = read_model_config(path, model.dtype)
             key = _key(path, arch)

@@ -155,3 +155,10 @@ def test_a_build_can_be_stopped(folder: Path) -> None:
     with pytest.raises(BuildStopped):
         build(plan.models[0], host, stop, 1)
     host.close()
+
+
+def test_a_path_that_leads_to_itself_fails_alone(folder: Path) -> None:
+    (folder / "loop").symlink_to(folder / "loop")
+    plan = plan_store(pool("loop", "ant"), folder, 64 * MIB)
+    assert [model.config.name for model in plan.models] == ["ant"]
+    assert "no such file" in plan.failed[0].reason
