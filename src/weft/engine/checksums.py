@@ -75,11 +75,6 @@ class Checksums:
         if on_device != first or on_host != first:
             raise ChecksumError(f"image {key}: extent {extent} differs from its first load")
 
-    def forget_image(self, key: str) -> None:
-        with self._lock:
-            for known in [k for k in self._images if k[0] == key]:
-                del self._images[known]
-
 
 def _overlap(one: Place, other: Place) -> bool:
     return any(

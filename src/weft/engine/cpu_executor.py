@@ -40,7 +40,7 @@ from weft.engine.copies import (
     range_pieces,
 )
 from weft.engine.failures import failure
-from weft.engine.mapped import check_pages_mapped, check_weights_mapped
+from weft.engine.mapped import check_pages_mapped, check_weights_mapped, remap
 from weft.engine.runner import BoundModel, LogitsTap, Runner, bind_model
 from weft.memory.arena_cpu import CpuArena
 from weft.memory.base import mapping_difference
@@ -261,16 +261,8 @@ class CpuExecutor:
         return _copy_done(action, copied, begin_ns)
 
     def _remap(self, action: MapKv | UnmapKv | Drop) -> Done:
-        name = self._model(action.model).spec.name
         with self._arena_lock:
-            match action:
-                case MapKv():
-                    self._arena.map(name, "kv", action.at, action.granules)
-                case UnmapKv():
-                    self._arena.unmap(name, "kv", action.at, action.granules)
-                case Drop():
-                    at = range(len(action.granules))
-                    self._arena.unmap(name, "weights", at, action.granules)
+            remap(self._arena, action)
         return Done(action=action.id)
 
     # -- checks ---------------------------------------------------------------------------------

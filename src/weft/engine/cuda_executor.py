@@ -42,6 +42,7 @@ from weft.engine.cuda_order import Channel, Copy, CopyChannel, Lane, Marks
 from weft.engine.cuda_steps import Steps
 from weft.engine.cuda_verify import Verifier
 from weft.engine.failures import failure
+from weft.engine.mapped import remap
 from weft.engine.runner import BoundModel, LogitsTap, Runner, bind_model
 from weft.memory.base import mapping_difference
 from weft.memory.host_registry import HostRegistry
@@ -296,7 +297,8 @@ class CudaExecutor:
             try:
                 self._begin(action)
                 self._marks.wait(action.after)
-                self._remap(action)
+                with self._arena_lock:
+                    remap(self._arena, action)
                 self._book.issue(action.id)
                 self._remapped.append(action)
                 self._book.wake()
@@ -332,20 +334,6 @@ class CudaExecutor:
 
     def _may_end(self, action: UnitAction) -> bool:
         return not self._book.any_in_flight(action.after)
-
-    # -- memory ---------------------------------------------------------------------------------
-
-    def _remap(self, action: MapKv | UnmapKv | Drop) -> None:
-        name = self._model(action.model).spec.name
-        with self._arena_lock:
-            match action:
-                case MapKv():
-                    self._arena.map(name, "kv", action.at, action.granules)
-                case UnmapKv():
-                    self._arena.unmap(name, "kv", action.at, action.granules)
-                case Drop():
-                    at = range(len(action.granules))
-                    self._arena.unmap(name, "weights", at, action.granules)
 
     # -- copies ---------------------------------------------------------------------------------
 

@@ -1,10 +1,23 @@
-"""Checks that what an action touches is mapped; for tests, where a stray access should be an error
-with a name and not a crash or a zero."""
+"""Mapping as actions ask for it; and checks that what an action touches is mapped: for tests, where
+a stray access should be an error with a name and not a crash or a zero."""
 
 from collections.abc import Sequence
 
+from weft.core.actions import Drop, MapKv, UnmapKv
 from weft.core.model import ModelSpec
-from weft.memory.base import UNMAPPED, ArenaError
+from weft.memory.base import UNMAPPED, Arena, ArenaError
+
+
+def remap(arena: Arena, action: MapKv | UnmapKv | Drop) -> None:
+    """Carry out an action that copies nothing. The caller holds the arena. Raises ArenaError."""
+    match action:
+        case MapKv():
+            arena.map(action.model, "kv", action.at, action.granules)
+        case UnmapKv():
+            arena.unmap(action.model, "kv", action.at, action.granules)
+        case Drop():
+            at = range(len(action.granules))
+            arena.unmap(action.model, "weights", at, action.granules)
 
 
 def check_weights_mapped(spec: ModelSpec, held: Sequence[int]) -> None:
