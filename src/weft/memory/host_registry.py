@@ -50,10 +50,14 @@ class HostRegistry:
     def wait(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Block until all ranges (offset, num_bytes) are registered, putting them first.
 
-        Raises RegistrationFailed, also when the registry closes.
+        What failed before is tried again: memory may have been short then. Raises
+        RegistrationFailed, also when the registry closes.
         """
         with self._changed:
             chunks = {c for offset, size in ranges for c in self._chunks(offset, size)}
+            for chunk in chunks:
+                if self._done.get(chunk) is not None:
+                    del self._done[chunk]  # wanted again below: whoever else waits sees it done
             if chunks - self._done.keys():
                 self._want(sorted(chunks), first=True)
                 self._changed.wait_for(lambda: chunks <= self._done.keys() or self._closing)
@@ -112,7 +116,11 @@ class HostRegistry:
         return min(self._chunk_bytes, self._num_bytes - chunk * self._chunk_bytes)
 
     def _work(self) -> None:
-        self._prepare_thread()
+        unfit: Exception | None = None
+        try:
+            self._prepare_thread()
+        except Exception as failure:  # nobody may wait for ever for a thread that is gone
+            unfit = failure
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._wanted or self._closing)
@@ -121,6 +129,8 @@ class HostRegistry:
                 chunk = next(iter(self._wanted))
             error: BaseException | None = None
             try:
+                if unfit is not None:
+                    raise unfit
                 self._register(chunk * self._chunk_bytes, self._size(chunk))
             except Exception as failure:
                 error = failure

@@ -93,3 +93,27 @@ def test_closing_releases_who_waits() -> None:
     calls.opened.set()
     closer.join(60)
     assert len(failures) == 1 and not waiter.is_alive() and not closer.is_alive()
+
+
+def test_what_failed_is_tried_again_by_who_needs_it() -> None:
+    calls = Calls(bad=(200,))
+    calls.opened.set()
+    registry = HostRegistry(1000, 100, calls.register, calls.unregister)
+    with pytest.raises(RegistrationFailed, match="chunk 2"):
+        registry.wait([(200, 100)])
+    calls.bad = ()
+    registry.wait([(150, 100)])
+    assert (200, 100) in calls.done and registry.registered_bytes() == 200
+    registry.close()
+    assert calls.undone.count(200) == 1
+
+
+def test_a_thread_that_cannot_use_the_device_keeps_nobody_waiting() -> None:
+    def prepare() -> None:
+        raise RuntimeError("the device is lost")
+
+    calls = Calls()
+    registry = HostRegistry(1000, 100, calls.register, calls.unregister, prepare)
+    with pytest.raises(RegistrationFailed, match="lost"):
+        registry.wait([(0, 1)])
+    registry.close()
