@@ -170,7 +170,7 @@ class Mover:
     def bring_in(self, entry: ModelEntry, keep: Collection[ModelName]) -> None:
         """Weights of this model onto the device, room for its first request beside them."""
         memory = self._book.memory(entry.spec.name)
-        if memory.state != "absent" or entry.failed is not None or entry.unassigned:
+        if not self._loadable(entry):
             return
         first = min(
             (memory.kv_granules_for(s.known + 1) for s in entry.members.values()), default=0
@@ -178,6 +178,14 @@ class Mover:
         room = memory.weight_granules + max(first - len(memory.kv.granules), 0)
         if self.make_room(entry.spec.name, room, keep):
             self.load(entry)
+
+    def _loadable(self, entry: ModelEntry) -> bool:
+        """Runs that followed a failed load end a little after it. A load behind them would fail as
+        their dependent, again and again, until the model is given up: it waits for their ends."""
+        name = entry.spec.name
+        if self._book.memory(name).state != "absent" or entry.failed is not None:
+            return False
+        return not entry.unassigned and not self._book.ledger.hazards.busy(("w", name))
 
     def load(self, entry: ModelEntry) -> None:
         name = entry.spec.name
@@ -194,9 +202,8 @@ class Mover:
         for entry in self._book.models.values():
             memory = self._book.memory(entry.spec.name)
             wanted = entry.spec.pinned or self._preset.residency.preload
-            wanted = wanted and memory.state == "absent" and not entry.failed
             fits = memory.weight_granules <= self._book.ledger.free_granules
-            if wanted and fits and not entry.unassigned:
+            if wanted and fits and self._loadable(entry):
                 self.load(entry)
 
     def admit(
