@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from support.engine_kit import Engine, await_events, is_end
 from weft.core.actions import Emit, KvGone, KvParked, UnitAction, WakeAt
-from weft.core.events import Assign, Submit, UnitEvent, Woke
+from weft.core.events import Assign, Failed, Submit, UnitEvent, Woke
 from weft.core.ids import ActionId, RequestId
 from weft.core.request import FinishReason, ParkedKv, Request
 from weft.policy.presets import preset
@@ -61,6 +61,10 @@ class UnitRun:
                 raise AssertionError(f"stuck: {sorted(self._open)} open and nothing to wait for")
             self.now_ns, self._wake_ns = max(self.now_ns, self._wake_ns), None
             events = [Woke()]
+        for event in events:
+            # The scheduler would compute the KV again, and no stream would show the lost bytes.
+            if isinstance(event, Failed) and "ChecksumError" in event.cause:
+                raise AssertionError(event)
         self.recorder.ended(events)
         ended = {getattr(event, "action", None) for event in events if is_end(event)}
         self._in_flight -= ended

@@ -1,12 +1,13 @@
 """The pool's decisions, one by one. Its laws under any history: test_pool_machine.py."""
 
+import msgspec
 import pytest
 
 from support.pool_cases import kv, model_status, request, spec, status
 from weft.core import errors
 from weft.core.actions import Emit
 from weft.core.ids import ModelName, RequestId
-from weft.core.request import FinishReason, ParkedKv
+from weft.core.request import FinishReason, ParkedKv, Sampling
 from weft.policy.dispatch.least_loaded import LeastLoaded
 from weft.pool import events as ev
 from weft.pool.actions import (
@@ -225,6 +226,25 @@ def test_a_lost_worker_is_replaced_and_its_requests_go_on() -> None:
     assert second.resume == kv()
     assert pool.emit(1, 9, incarnation=1) == []
     assert pool.emit(1, 8) == [Reply(request=RequestId(1), tokens=(8,))]
+
+
+def test_a_rerun_is_the_request_itself_but_for_its_number_and_deadline() -> None:
+    """Another seed, or a stop id less, would contradict what the client has already."""
+    pool = Pool()
+    first = msgspec.structs.replace(
+        request(1, hold_deadline_ns=50),
+        sampling=Sampling(temperature=0.8, top_p=0.9, top_k=7, seed=12345),
+        stop_ids=(3, 4),
+        min_tokens=2,
+        priority=1,
+    )
+    (submit,) = submits(pool.do(ev.NewRequest(request=first)))
+    assert submit.request == first
+    pool.emit(1, 7)
+    pool.stepping(1)
+    pool.lost()
+    (again,) = submits(pool.up())
+    assert again.request == msgspec.structs.replace(first, reruns=1, hold_deadline_ns=None)
 
 
 def test_parked_kv_that_is_gone_is_not_resumed() -> None:
