@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import select
 import socket
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -31,7 +31,11 @@ class ChannelClosed(Exception):
 
 
 class BadFrame(Exception):
-    """The other end does not speak our language."""
+    """The other end does not speak our language. `before`: the messages that came whole before."""
+
+    def __init__(self, reason: str, before: Sequence[Any] = ()) -> None:
+        super().__init__(reason)
+        self.before = before
 
 
 def encode_frame(message: HubMessage | WorkerMessage) -> bytearray:
@@ -65,14 +69,14 @@ class FrameReader(Generic[M]):
             while len(buffer) - start >= _HEADER_BYTES:
                 size = int.from_bytes(view[start : start + _HEADER_BYTES], "little")
                 if size > MAX_FRAME_BYTES:
-                    raise BadFrame(f"a frame of {size} bytes")
+                    raise BadFrame(f"a frame of {size} bytes", messages)
                 end = start + _HEADER_BYTES + size
                 if len(buffer) < end:
                     break
                 try:
                     messages.append(self._decoder.decode(view[start + _HEADER_BYTES : end]))
                 except (msgspec.DecodeError, ValueError) as error:
-                    raise BadFrame(str(error)) from None
+                    raise BadFrame(str(error), messages) from None
                 start = end
         del buffer[:start]
         return messages
@@ -199,6 +203,7 @@ class HubChannel:
                 end = END_OF_STREAM
                 break
             except BadFrame as error:
+                messages += error.before
                 end = str(error)
                 break
         if messages:

@@ -259,3 +259,17 @@ def test_a_worker_hears_on_a_descriptor_above_1023() -> None:
             channel.close()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_what_was_said_before_nonsense_is_heard() -> None:
+    async def scenario() -> None:
+        ours, theirs = socket.socketpair()
+        ear = Ear()
+        hub = HubChannel(ours, ear.on_messages, ear.on_end)
+        with theirs:
+            theirs.sendall(encode_frame(notices(1)) + b"\xff\xff\xff\xff")
+            await ear.until(None)
+        assert ear.messages == [notices(1)] and ear.end == "a frame of 4294967295 bytes"
+        hub.close()
+
+    asyncio.run(scenario())
