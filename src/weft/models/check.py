@@ -142,5 +142,5 @@ def _text_facts(path: Path, notes: list[str]) -> dict[str, object]:
     if not template and config.is_file():
         template = bool(read_json(config).get("chat_template"))
     if not template:
-        notes.append("no chat template: /v1/chat/completions will refuse this model")
+        notes.append("no chat template: chats get a plain one, a line `role: content` a message")
     return {"tokenizer": tokenizer, "chat_template": template}

@@ -48,6 +48,7 @@ def test_an_empty_folder_lists_what_is_missing(tmp_path: Path) -> None:
     assert "config.json" in report.problems[0]
     assert "model.safetensors" in report.problems[1]
     assert len(report.notes) == 2
+    assert "plain one" in report.notes[1], "the server falls back to a template of its own"
 
 
 def test_several_faults_are_told_at_once(tmp_path: Path) -> None:
