@@ -46,6 +46,9 @@ from weft.transport.messages import (
 log = logging.getLogger("weft.hub")
 
 HEALTH_WINDOW_S = 30.0
+MAX_TOKENS_A_CHUNK = 256
+"""Tokens that a client gets at once: their text is made in the event loop's thread, at some tens of
+microseconds each."""
 MAX_TOKENS_A_FRAME = 4_000_000
 """Prompt and emitted ids in one message to a worker; keeps frames below their bound."""
 
@@ -71,31 +74,34 @@ class Launcher(Protocol):
 
 
 class _Stream(AsyncIterator[Chunk]):
-    """One client's way out. Chunks that were not fetched yet are joined, so a slow client costs
-    no more than its answer."""
+    """One client's way out. Tokens that were not fetched yet wait as one list and leave in chunks
+    of at most MAX_TOKENS_A_CHUNK, so a slow client costs no more than its answer, and never the
+    others the time to make text of all of it at once."""
 
     def __init__(self) -> None:
-        self._chunks: deque[Chunk] = deque()
+        self._tokens: deque[int] = deque()
+        self._end: Chunk | None = None
         self._came = asyncio.Event()
         self._ended = False
 
     def put(self, chunk: Chunk) -> None:
-        last = self._chunks[-1] if self._chunks else None
-        if last is not None and last.finish is None:
-            self._chunks[-1] = msgspec.structs.replace(chunk, tokens=last.tokens + chunk.tokens)
-        else:
-            self._chunks.append(chunk)
+        self._tokens.extend(chunk.tokens)
+        if chunk.finish is not None:
+            self._end = chunk
         self._came.set()
 
     async def __anext__(self) -> Chunk:
         if self._ended:
             raise StopAsyncIteration
-        while not self._chunks:
+        while not self._tokens and self._end is None:
             self._came.clear()
             await self._came.wait()
-        chunk = self._chunks.popleft()
-        self._ended = chunk.finish is not None
-        return chunk
+        count = min(len(self._tokens), MAX_TOKENS_A_CHUNK)
+        tokens = tuple(self._tokens.popleft() for _ in range(count))
+        if self._tokens or self._end is None:
+            return Chunk(tokens=tokens)
+        self._ended = True
+        return msgspec.structs.replace(self._end, tokens=tokens)
 
 
 @dataclass(slots=True)
@@ -237,6 +243,7 @@ class PoolHub:
             incarnation = message.incarnation
             match message:
                 case Hello(device=device):
+                    self._progress_ns = self._clock()  # what waited for it now begins
                     self._devices[unit] = device
                     events.append(ev.UnitUp(unit=unit, incarnation=incarnation))
                 case StepRequests(requests=requests):

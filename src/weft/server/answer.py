@@ -175,15 +175,15 @@ class Answer(Response):
 
     async def _whole(self, send: Send) -> None:
         """Raises ApiError."""
-        texts = [""] * len(self._choices)
-        ids: list[tuple[int, ...]] = [()] * len(self._choices)
+        texts: list[list[str]] = [[] for _ in self._choices]
+        ids: list[list[int]] = [[] for _ in self._choices]
         while not all(choice.done for choice in self._choices):
             for choice, piece in await self._next(None):
                 if piece.error is not None:
                     raise from_reply(piece.error)
-                texts[choice.index] += piece.text
-                ids[choice.index] += piece.tokens
-        body = self._writer.whole(self._choices, texts, ids)
+                texts[choice.index].append(piece.text)
+                ids[choice.index].extend(piece.tokens)
+        body = self._writer.whole(self._choices, ["".join(parts) for parts in texts], ids)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

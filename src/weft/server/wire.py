@@ -63,7 +63,7 @@ class Writer:
         return event({**self._head, "choices": [], "usage": usage(choices)})
 
     def whole(
-        self, choices: Sequence[Choice], texts: Sequence[str], ids: Sequence[tuple[int, ...]]
+        self, choices: Sequence[Choice], texts: Sequence[str], ids: Sequence[Sequence[int]]
     ) -> bytes:
         """The body of an answer that is not streamed. All choices are done."""
         entries: list[dict[str, Any]] = []

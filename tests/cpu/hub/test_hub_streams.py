@@ -17,7 +17,7 @@ from weft.core.unit import UnitSpec
 from weft.engine.base import ImageRef
 from weft.hub import hub as hub_module
 from weft.hub.base import Chunk, HubRefusal, ModelCard, NewRequest
-from weft.hub.hub import PoolHub
+from weft.hub.hub import MAX_TOKENS_A_CHUNK, PoolHub
 from weft.policy.dispatch.least_loaded import LeastLoaded
 from weft.pool.scheduler import PoolScheduler
 from weft.pool.units import Limits
@@ -124,6 +124,24 @@ def test_tokens_come_as_chunks_and_a_slow_client_gets_them_joined() -> None:
         assert [chunk async for chunk in chunks] == [Chunk(tokens=(9, 10, 11), finish="length")]
         with pytest.raises(StopAsyncIteration):
             await anext(chunks)
+
+    play(scenario())
+
+
+def test_what_a_slow_client_left_comes_in_chunks_of_bounded_size() -> None:
+    async def scenario() -> None:
+        desk = Desk()
+        request, chunks = desk.open()
+        for token in range(2 * MAX_TOKENS_A_CHUNK):
+            desk.emit(request, token % 8)
+        desk.emit(request, 3, finish="length")
+        got = [chunk async for chunk in chunks]
+        assert [len(chunk.tokens) for chunk in got] == [MAX_TOKENS_A_CHUNK] * 2 + [1]
+        assert [chunk.finish for chunk in got] == [None, None, "length"]
+        assert [t for chunk in got for t in chunk.tokens] == [
+            *(i % 8 for i in range(2 * MAX_TOKENS_A_CHUNK)),
+            3,
+        ]
 
     play(scenario())
 
@@ -280,7 +298,12 @@ def test_health_is_progress_while_something_waits() -> None:
         desk.now_ns = 200 * second
         desk.hub.note_progress()
         assert health().healthy
+        desk.now_ns = 260 * second
+        assert not health().healthy
+        desk.hello()
+        assert health().healthy, "a worker that is up is progress: its start may take a minute"
         desk.now_ns = 300 * second
+        assert not health().healthy
         desk.emit(request, 5)
         assert health().healthy
         desk.emit(request, 5, finish="length")
