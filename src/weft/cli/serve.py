@@ -9,7 +9,12 @@ from typing import Any
 import msgspec
 import typer
 
-from weft.config.pool_config import MAX_CONFIG_BYTES, PoolConfig, parse_pool_config
+from weft.config.pool_config import (
+    MAX_CONFIG_BYTES,
+    PoolConfig,
+    make_pool_config,
+    parse_pool_config,
+)
 from weft.core.errors import WeftError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -81,7 +86,7 @@ def build_config(paths: Sequence[Path], overrides: Overrides) -> tuple[PoolConfi
         base_dir = Path.cwd()
         source = "command line"
     merged = _merge(msgspec.to_builtins(config), overrides)
-    return parse_pool_config(json.dumps(merged), source=source), base_dir
+    return make_pool_config(merged, source=source), base_dir
 
 
 def _read(file: Path) -> str:
@@ -110,7 +115,7 @@ def _from_folders(paths: Sequence[Path]) -> PoolConfig:
             )
         seen[folder.name] = path
         models.append({"name": folder.name, "path": str(folder)})
-    return parse_pool_config(json.dumps({"models": models}), source="command line")
+    return make_pool_config({"models": models}, source="command line")
 
 
 def _merge(raw: dict[str, Any], overrides: Overrides) -> dict[str, Any]:

@@ -92,14 +92,21 @@ def parse_pool_config(text: str, *, source: str = "pool.yaml") -> PoolConfig:
         raise WeftError(f"{source}: larger than {MAX_CONFIG_BYTES} bytes")
     try:
         raw: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise WeftError(f"{source}: not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise WeftError(f"{source}: expected keys such as 'models:', got {type(raw).__name__}")
+    return make_pool_config(raw, source=source)
+
+
+def make_pool_config(raw: dict[str, Any], *, source: str) -> PoolConfig:
+    """The same from plain values. Raises WeftError with the path of the first thing wrong."""
     try:
         config = msgspec.convert(raw, PoolConfig)
     except msgspec.ValidationError as error:
-        raise WeftError(f"{source}: {error}") from None
+        raise WeftError(
+            f"{source}: {error}; `weft config-schema` says what may stand there"
+        ) from None
     _check(config, source)
     return config
 
@@ -110,17 +117,19 @@ def _check(config: PoolConfig, source: str) -> None:
     seen: set[str] = set()
     for i, model in enumerate(config.models):
         where = f"`$.models[{i}]`"
-        if not _NAME.match(model.name):
+        if not _NAME.fullmatch(model.name):
             raise WeftError(
                 f"{source}: {where}.name {model.name!r}: letters, digits and . _ : / @ - only"
             )
         if model.name in seen:
             raise WeftError(f"{source}: {where}.name {model.name!r} is used twice")
         seen.add(model.name)
-        if not 0.01 <= model.weight <= 100:
-            raise WeftError(f"{source}: {where}.weight must lie in 0.01 .. 100")
     engine, server = config.engine, config.server
-    bounds: list[tuple[str, float, float, float]] = [
+    bounds: list[tuple[str, float | None, float, float]] = [
+        *(bound for i, model in enumerate(config.models) for bound in _model_bounds(i, model)),
+        ("engine.cpu_threads", engine.cpu_threads, 1, 1024),
+        ("server.max_body_bytes", server.max_body_bytes, 1024, 1 << 30),
+        ("turn_s", config.turn_s, 0.001, 3600),
         ("engine.depth", engine.depth, 1, 2),
         ("engine.max_rows", engine.max_rows, 1, 1024),
         ("engine.max_step_tokens", engine.max_step_tokens, 16, 65536),
@@ -132,10 +141,8 @@ def _check(config: PoolConfig, source: str) -> None:
         ("slo.ttft_s", config.slo.ttft_s, 0.001, 86400),
         ("slo.tbt_s", config.slo.tbt_s, 0.0001, 3600),
     ]
-    if config.turn_s is not None:
-        bounds.append(("turn_s", config.turn_s, 0.001, 3600))
     for path, value, low, high in bounds:
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise WeftError(f"{source}: `$.{path}` is {value}; it must lie in {low} .. {high}")
     for path, size in (
         ("engine.device_memory", engine.device_memory),
@@ -146,6 +153,15 @@ def _check(config: PoolConfig, source: str) -> None:
                 parse_bytes(size)
             except WeftError as error:
                 raise WeftError(f"{source}: `$.{path}`: {error}") from None
+
+
+def _model_bounds(i: int, model: ModelConfig) -> list[tuple[str, float | None, float, float]]:
+    return [
+        (f"models[{i}].weight", model.weight, 0.01, 100),
+        (f"models[{i}].max_context_tokens", model.max_context_tokens, 2, 1 << 24),
+        (f"models[{i}].ttft_slo_s", model.ttft_slo_s, 0.001, 86400),
+        (f"models[{i}].tbt_slo_s", model.tbt_slo_s, 0.0001, 3600),
+    ]
 
 
 def json_schema() -> dict[str, Any]:
