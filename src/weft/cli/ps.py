@@ -3,12 +3,13 @@
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -68,9 +69,17 @@ def rates_between(old: StatusReply, new: StatusReply) -> Rates:
     return rates
 
 
-def render(status: StatusReply, rates: Rates | None, *, plain: bool) -> Group:
-    """Lines about the pool and its units, then a row per unit and model."""
-    return Group(*_heads(status), _table(status, rates, plain=plain), *_broken(status))
+def render(status: StatusReply, rates: Rates | None, *, plain: bool, width: int) -> Group:
+    """Lines about the pool and its units, then a row per unit and model, with as many columns as
+    `width` has room for."""
+    table = _table(status, rates, _COLUMNS, plain=plain)
+    columns = list(_COLUMNS)
+    for spare in _SPARE_COLUMNS:
+        if Measurement.get(_MEASURING, _MEASURING.options, table).maximum <= width:
+            break
+        columns.remove(spare)
+        table = _table(status, rates, columns, plain=plain)
+    return Group(*_heads(status), table, *_broken(status))
 
 
 def _heads(status: StatusReply) -> Iterator[Text]:
@@ -100,6 +109,18 @@ def _unit_line(unit: UnitView) -> str:
     return line
 
 
+_SPARE_COLUMNS = (
+    "UNIT",
+    "PAGES",
+    "PROMPT TOK",
+    "OUT",
+    "OUTPUT TOK",
+    "KV",
+    "WEIGHTS",
+    "IN",
+    "PARKED",
+)
+"""What a narrow terminal goes without, first the first: a name cut short tells nobody anything."""
 _COLUMNS = (
     "MODEL",
     "UNIT",
@@ -119,16 +140,22 @@ _COLUMNS = (
 )
 
 
-def _table(status: StatusReply, rates: Rates | None, *, plain: bool) -> Table:
+_MEASURING = Console(width=1000)
+
+
+def _table(
+    status: StatusReply, rates: Rates | None, columns: Sequence[str], *, plain: bool
+) -> Table:
     table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name in _COLUMNS:
+    for name in columns:
         right = name not in ("MODEL", "STATE", "TURN")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for unit in status.pool.units:
         for model in unit.status.models if unit.status else ():
             rate = None if rates is None else rates.get((unit.unit, model.name))
             style = "bold" if model.turn and not plain else None
-            table.add_row(*_cells(unit.unit, model, rate), style=style)
+            cells = dict(zip(_COLUMNS, _cells(unit.unit, model, rate), strict=True))
+            table.add_row(*(cells[name] for name in columns), style=style)
     return table
 
 
@@ -171,31 +198,30 @@ def show(url: str) -> None:
     """Print the view once. Raises WeftError."""
     status = fetch(url)
     console = make_console()
-    console.print(render(status, None, plain=not console.is_terminal))
+    console.print(render(status, None, plain=not console.is_terminal, width=console.width))
 
 
 def watch_status(url: str, interval_s: float) -> None:
     """Print it again and again until interrupted. Raises WeftError."""
     console = make_console()
-    plain = not console.is_terminal
-    old = fetch(url)
     try:
-        if plain:
-            console.print(render(old, None, plain=True))
-            for view in _views(url, old, interval_s, plain=True):
-                console.print()
-                console.print(view)
-        else:
-            with Live(render(old, None, plain=False), console=console, screen=False) as live:
-                for view in _views(url, old, interval_s, plain=False):
+        if console.is_terminal:
+            with Live(console=console, screen=False) as live:
+                for view in _views(url, interval_s, console):
                     live.update(view, refresh=True)
+        else:
+            for view in _views(url, interval_s, console):
+                console.print(view)
+                console.print()
     except KeyboardInterrupt:
         return
 
 
-def _views(url: str, old: StatusReply, interval_s: float, *, plain: bool) -> Iterator[Group]:
+def _views(url: str, interval_s: float, console: Console) -> Iterator[Group]:
+    old: StatusReply | None = None
     while True:
-        time.sleep(interval_s)
         new = fetch(url)
-        yield render(new, rates_between(old, new), plain=plain)
+        rates = None if old is None else rates_between(old, new)
+        yield render(new, rates, plain=not console.is_terminal, width=console.width)
         old = new
+        time.sleep(interval_s)

@@ -1,6 +1,7 @@
 """The command line: what it says, how it fails, what it makes of paths and options."""
 
 import asyncio
+import io
 import json
 import socket
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from support.fake_hub import FakeHub, card
@@ -21,6 +23,7 @@ from weft.cli import ps as cli_ps
 from weft.cli import serve as cli_serve
 from weft.cli.serve import Overrides, build_config
 from weft.cli.units import size_text
+from weft.config.pool_config import parse_pool_config
 from weft.core.errors import WeftError
 from weft.hub.base import PoolView
 from weft.server.app import create_app
@@ -68,6 +71,32 @@ def test_folders_are_models_under_their_own_names(tmp_path: Path) -> None:
     config, _ = build_config([tmp_path / "a", tmp_path / "b" / "."], Overrides())
     assert [model.name for model in config.models] == ["a", "b"]
     assert [model.path for model in config.models] == [str(tmp_path / n) for n in ("a", "b")]
+
+
+def test_a_folder_may_lie_anywhere(tmp_path: Path) -> None:
+    """What is merged is never written as text and read again."""
+    folder = tmp_path / "models 🧵" / "speaker"
+    folder.mkdir(parents=True)
+    config, _ = build_config([folder], Overrides(port=1234))
+    assert config.models[0].path == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [{name: a, path: a, max_context_tokens: -1}]", "models[0].max_context_tokens"),
+        ("models: [{name: a, path: a, tbt_slo_s: .nan}]", "models[0].tbt_slo_s"),
+        ('models: [{name: "a\\n", path: a}]', "letters, digits"),
+        ("models: [{name: a, path: a}]\nengine: {cpu_threads: 0}", "engine.cpu_threads"),
+        ("models: [{name: a, path: a}]\nserver: {max_body_bytes: -1}", "server.max_body_bytes"),
+        ("models: [{name: a, path: a}]\nengine: {device: xpu}", "weft config-schema"),
+        ("[" * 100_000, "not YAML"),
+    ],
+)
+def test_a_pool_file_is_checked_whole(text: str, message: str) -> None:
+    with pytest.raises(WeftError) as caught:
+        parse_pool_config(text)
+    assert message in str(caught.value)
 
 
 def test_options_override_the_file(tmp_path: Path) -> None:
@@ -190,6 +219,21 @@ def test_ps_shows_who_holds_what(tmp_path: Path) -> None:
     assert " ".join(cells) == "speaker 0 resident turn 2 1 4 3 1 5 6 5 100 200 -"
     assert lines[-1] == "torn cannot be served: no shard 2"
     assert "\x1b" not in done.output
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160])
+def test_ps_never_cuts_a_cell(tmp_path: Path, width: int) -> None:
+    """A narrow terminal shows fewer columns, and all of them whole."""
+    console = Console(width=width, file=io.StringIO(), force_terminal=True)
+    console.print(
+        cli_ps.render(status_at(fake_hub(tmp_path), 1, 2, 3), None, plain=False, width=width)
+    )
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "…" not in text
+    for word in ("MODEL", "STATE", "TURN", "QUEUED", "RUNNING", "TOK/S", "speaker", "resident"):
+        assert word in text
+    assert ("PROMPT TOK" in text) == (width >= 120)
 
 
 def test_ps_says_when_there_is_no_server() -> None:
