@@ -121,8 +121,16 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=PLAIN_WIDTH)
 
 
+def check_writable(path: Path) -> None:
+    """Before the replay, not after it: records that cannot be kept are lost. Raises WeftError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise WeftError(f"--out {path}: cannot be written: {error.strerror}") from None
+
+
 def write_result(result: Result, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
 
 
@@ -136,12 +144,16 @@ def replay(
         Path | None,
         typer.Argument(help="CSV: timestamp (s), model, prompt_tokens, output_tokens."),
     ] = None,
-    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8321",
+    url: Annotated[str, typer.Option(help="The server.", envvar="WEFT_URL")] = (
+        "http://127.0.0.1:8321"
+    ),
     models: Annotated[
         str | None, typer.Option(help="Comma-separated, busiest first. Default: all served.")
     ] = None,
     speed: Annotated[float, typer.Option(help="Time runs so many times as fast.")] = 1.0,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many requests.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many requests.", min=1)
+    ] = None,
     skew: Annotated[float, typer.Option(help="Zipf exponent of the models' shares.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of spreading, prompts and sampling.")] = 0,
     context: Annotated[
@@ -172,6 +184,8 @@ def replay(
     """Replay a trace over HTTP with streaming, and measure what the clients saw."""
     if (trace is None) == (rate is None):
         raise WeftError("give a trace file or --rate, not both")
+    if out is not None:
+        check_writable(out)
     if trace is not None:
         rows, words = read_trace(trace, limit=limit, speed=speed)
     else:

@@ -258,6 +258,7 @@ def test_the_command_generates_arrivals() -> None:
         ([], "not both"),
         (["nowhere.csv"], "cannot be read"),
         (["--rate", "1", "--prompt-tokens", "many"], "LOW-HIGH"),
+        (["--rate", "1", "--out", "/proc/no/such.json"], "--out /proc/no/such.json"),
         (["--rate", "1", "--models", "zebra"], "not served: zebra; served: a, b"),
     ],
 )
