@@ -14,8 +14,3 @@ def percentile(values: Sequence[float], q: float) -> float:
     low = int(at)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
-
-
-def percentile_or(values: Sequence[float], q: float, default: float | None) -> float | None:
-    """`percentile`, or `default` where there is nothing."""
-    return percentile(values, q) if values else default

@@ -20,7 +20,7 @@ from weft.slo.attainment import (
     strict_share,
     tokens_in_time,
 )
-from weft.slo.percentiles import percentile, percentile_or
+from weft.slo.percentiles import percentile
 
 S = 1_000_000_000
 SLO_3_2 = make_slo(3, 2)
@@ -176,5 +176,3 @@ def test_percentile_refuses_nonsense() -> None:
         percentile([], 50)
     with pytest.raises(ValueError, match="outside"):
         percentile([1.0], 101)
-    assert percentile_or([], 50, None) is None
-    assert percentile_or([1.0, 3.0], 50, None) == 2.0
