@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -190,6 +191,7 @@ class House:
         self.images_bytes = images_bytes
         self.parked_bytes = parked
         self.tally = Tally()
+        self._killed: set[int] = set()
         self.wrong: list[str] = []
         """One line for every answer that is not its plain run's."""
         self._loads: dict[int, int] = {}
@@ -205,6 +207,20 @@ class House:
         if unit["status"] is not None:
             loads = sum(model["switches_in"] for model in unit["status"]["models"])
             self._loads[unit["incarnation"]] = loads
+
+    @property
+    def victim(self) -> int | None:
+        """The worker's process, if one lives that was not killed yet. (The server may take one
+        that has just been killed for alive.)"""
+        return next((p for p in self.pool.worker_pids() if p not in self._killed), None)
+
+    def kill(self) -> None:
+        """kill -9 of the worker, which must be there."""
+        victim = self.victim
+        assert victim is not None, f"no worker to kill; they died of {self.deaths()}"
+        os.kill(victim, signal.SIGKILL)
+        self._killed.add(victim)
+        self.tally.kills += 1
 
     def deaths(self) -> list[str]:
         """What every worker that is gone died of, from the server's log."""
@@ -269,7 +285,8 @@ async def live_in(
             view = (await client.get("/weft/status")).json()["pool"]
             house.note(view)
             done = house.tally.kills
-            if done < kills and house.switches_seen >= blows[done] and _has_worked(view):
+            due = done < kills and house.switches_seen >= blows[done]
+            if due and _has_worked(view) and house.victim is not None:
                 await _strike(house, rng, more=kills - done - 1)
         over.set()
     house.note(house.view())
@@ -283,15 +300,12 @@ def _has_worked(view: dict[str, Any]) -> bool:
 async def _strike(house: House, rng: random.Random, *, more: int) -> None:
     """kill -9 after a random while, and now and then its successor as it starts."""
     await asyncio.sleep(rng.uniform(0.0, 0.15))
-    (victim,) = house.pool.worker_pids()
-    assert house.pool.kill_worker()
-    house.tally.kills += 1
+    house.kill()
     if more and rng.random() < 0.1:
-        while house.pool.worker_pids() in ([], [victim]):
+        while house.victim is None:
             await asyncio.sleep(0.005)
         await asyncio.sleep(rng.uniform(0.0, 0.5))
-        assert house.pool.kill_worker()
-        house.tally.kills += 1
+        house.kill()
         house.tally.starting += 1
 
 
