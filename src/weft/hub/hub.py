@@ -47,7 +47,7 @@ log = logging.getLogger("weft.hub")
 
 HEALTH_WINDOW_S = 30.0
 MAX_TOKENS_A_CHUNK = 256
-"""Tokens that a client gets at once: their text is made in the event loop's thread, at some tens of
+"""Tokens that a client gets at once: their text is made in the event loop's thread, at some
 microseconds each."""
 MAX_TOKENS_A_FRAME = 4_000_000
 """Prompt and emitted ids in one message to a worker; keeps frames below their bound."""

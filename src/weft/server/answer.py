@@ -44,14 +44,21 @@ class Gate:
 
     def __init__(self) -> None:
         self.draining = False
+        self._is_cut = False
         self.live: set[Answer] = set()
 
     def drain(self) -> None:
         self.draining = True
 
     def cut(self) -> None:
-        self.draining = True
+        self.draining = self._is_cut = True
         for answer in tuple(self.live):
+            answer.stop("cut")
+
+    def enter(self, answer: "Answer") -> None:
+        """One that was still being tokenised when all were cut ends at once."""
+        self.live.add(answer)
+        if self._is_cut:
             answer.stop("cut")
 
     def check(self) -> None:
@@ -102,7 +109,7 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._stop = asyncio.get_running_loop().create_future()
         watcher = asyncio.create_task(self._watch(receive))
-        self._gate.live.add(self)
+        self._gate.enter(self)
         outcome = "error"
         try:
             self._open()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from support.fake_hub import FakeHub
 from support.live import live, pool_config
 from weft.core.errors import WeftError
+from weft.server.answer import Answer, Gate
 from weft.server.app import create_app
 from weft.server.binding import check_bind, is_loopback
 from weft.server.serve import listen, serve, url_of
@@ -63,6 +65,21 @@ def test_ipv6_has_brackets_in_its_url() -> None:
         assert url_of(sock).startswith("http://[::1]:")
 
 
+def test_an_answer_that_begins_after_the_cut_ends_at_once() -> None:
+    """It was being tokenised when the others were cut: nobody would wait for it."""
+    told: list[str] = []
+
+    class Late:
+        stop = staticmethod(told.append)
+
+    gate = Gate()
+    gate.enter(cast(Answer, Late()))
+    assert told == []
+    gate.cut()
+    gate.enter(cast(Answer, Late()))
+    assert told == ["cut", "cut"]
+
+
 def test_a_served_port_is_free_again_afterwards() -> None:
     hub = FakeHub([], lambda _: [])
 
@@ -79,10 +96,12 @@ def test_a_served_port_is_free_again_afterwards() -> None:
 SCRIPT = """
 import asyncio, sys
 from pathlib import Path
+from typing import cast
 import httpx
 sys.path[:0] = sys.argv[1:3]
 from support.fake_hub import FakeHub, Hold, card, spoken
 from support.live import pool_config
+from weft.server.answer import Answer, Gate
 from weft.server.app import create_app
 from weft.server.serve import serve
 
