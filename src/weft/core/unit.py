@@ -50,6 +50,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     switches_out: int
     prompt_tokens: int
     output_tokens: int
+    reason: str | None = None
+    """Why its state is failed."""
 
 
 class UnitStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ from weft.core.actions import (
     UnitAction,
     UnmapKv,
 )
+from weft.core.errors import WeftError
 from weft.core.events import CopyDone, Done, UnitEvent
 from weft.core.ids import ActionId, ModelName
 from weft.core.model import Architecture, ModelSpec
@@ -131,6 +132,8 @@ class CudaExecutor:
     # -- Executor -------------------------------------------------------------------------------
 
     def bind(self, model: ModelSpec, arch: Architecture, image: ImageRef) -> None:
+        if arch.dtype == "float64" and self._device.torch_device.type == "cuda":
+            raise WeftError(f"{model.name}: float64 is for the CPU; use float32 or less on CUDA")
         self._device.prepare_thread()
         self._registry.want(image.offset, image.num_bytes, first=True)
         first = self._lanes[0].stream

@@ -11,9 +11,12 @@ class ExtentAllocator:
     """Free ranges as a sorted list; a request may get several extents where no single one fits."""
 
     def __init__(self, offset: int, num_bytes: int, chunk_bytes: int) -> None:
-        self._begin, self._end = offset, offset + num_bytes
+        # Whole aligned pieces only: a shorter last one could be taken as padding and never given.
+        begin = -(-offset // ALIGN_BYTES) * ALIGN_BYTES
+        num_bytes = max((offset + num_bytes) // ALIGN_BYTES * ALIGN_BYTES - begin, 0)
+        self._begin, self._end = begin, begin + num_bytes
         self._chunk = chunk_bytes
-        self._free: list[tuple[int, int]] = [(offset, self._end)] if num_bytes else []
+        self._free: list[tuple[int, int]] = [(begin, self._end)] if num_bytes else []
         self._taken: dict[int, int] = {}
         self.free_bytes = num_bytes
         self.num_bytes = num_bytes

@@ -144,7 +144,9 @@ def build(
         with open_checkpoint(model.path) as checkpoint:
             view = host.view(image.offset, image.num_bytes)
             build_image(checkpoint, model.arch, view, progress, threads)
-        return None
+        if _key(model.path, model.arch) == image.key:
+            return None
+        reason = f"{model.path}: changed while it was read; start again when it is complete"
     except BuildStopped:
         raise
     except (WeftError, OSError) as error:

@@ -24,6 +24,7 @@ from weft.core.request import FinishReason, ParkedKv, Request
 from weft.core.unit import UnitSpec
 from weft.ledger.hazards import Resource
 from weft.ledger.ledger import Ledger, ModelMemory
+from weft.policy.prefill.base import Waiting
 
 Phase = Literal["queued", "running", "parking", "parked", "resuming", "finished"]
 Leaving = Literal["kv", "all"]
@@ -107,6 +108,8 @@ class ModelEntry:
     load_fails: int = 0
     map_fails: int = 0
     failed: str | None = None
+    retry_ns: int | None = None
+    """When a failed model may be tried again."""
     unfit: bool = False
     """`failed` because of the models that stay beside it: undone when they go."""
     unassigned: bool = False
@@ -131,6 +134,17 @@ class StepInFlight:
     seen: int = 0
     """Iterations reported so far."""
     interrupted: bool = False
+
+
+def waiting_view(state: RequestState) -> Waiting:
+    """A request as prefill policies see it."""
+    return Waiting(
+        request=state.id,
+        arrival_ns=state.request.arrival_ns,
+        priority=state.request.priority,
+        parked=state.phase == "parked",
+        tokens=state.length - state.planned,
+    )
 
 
 class Book:

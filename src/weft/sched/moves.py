@@ -7,18 +7,25 @@ KV granules, victims of the residency policy, and last the KV of models whose we
 from collections.abc import Collection
 
 from weft.core.actions import CopyKv, Drop, KvParked, Load, MapKv, UnmapKv
-from weft.core.errors import MODEL_FAILED
+from weft.core.errors import MODEL_FAILED, RETRY_AFTER_S
 from weft.core.events import Failed
 from weft.core.ids import ActionId, ModelName
 from weft.core.request import ParkedKv
-from weft.policy.prefill.base import Waiting
 from weft.policy.presets import Preset
 from weft.policy.residency.base import ResidentView
-from weft.sched.book import Book, Leaving, ModelEntry, RequestState
+from weft.sched.book import Book, Leaving, ModelEntry, RequestState, waiting_view
 
 MAX_LOAD_FAILS = 3
+MAX_MAP_FAILS = 30
+"""In a row; a failed map costs little and the next one may get other granules."""
+RETRY_NS = RETRY_AFTER_S[MODEL_FAILED] * 1_000_000_000
+"""A model whose loads failed is tried again when a client that was told so comes back."""
 MAX_COPY_FAILS = 2
 """After this many failed parks or resumes of a request its KV is computed again instead."""
+
+
+class UnitBroken(Exception):
+    """The device no longer gives memory back: only a new worker can help."""
 
 
 class Mover:
@@ -185,7 +192,9 @@ class Mover:
         name = entry.spec.name
         if self._book.memory(name).state != "absent" or entry.failed is not None:
             return False
-        return not entry.unassigned and not self._book.ledger.hazards.busy(("w", name))
+        if entry.unassigned and not entry.members:
+            return False
+        return not self._book.ledger.hazards.busy(("w", name))
 
     def load(self, entry: ModelEntry) -> None:
         name = entry.spec.name
@@ -225,15 +234,7 @@ class Mover:
         if running >= self._book.unit.max_rows or entry.leaving or absent:
             return
         waiting = [
-            Waiting(
-                request=s.id,
-                arrival_ns=s.request.arrival_ns,
-                priority=s.request.priority,
-                parked=s.phase == "parked",
-                tokens=s.known,
-            )
-            for s in entry.members.values()
-            if s.phase in ("queued", "parked")
+            waiting_view(s) for s in entry.members.values() if s.phase in ("queued", "parked")
         ]
         for request in self._preset.prefill.order(waiting, self._book.now_ns):
             if running >= self._book.unit.max_rows:
@@ -407,9 +408,12 @@ class Mover:
         self._book.forget_parked(state)
 
     def failed(self, event: Failed) -> None:
-        """A move had no effect: the ledger rolls back, and the next decision tries again."""
+        """A move had no effect: the ledger rolls back, and the next decision tries again. Raises
+        UnitBroken where trying again is of no use and nobody could go on without it."""
         book = self._book
         action = book.moves.pop(event.action)
+        if isinstance(action, Drop | UnmapKv) and not event.retryable:
+            raise UnitBroken(f"memory of {action.model} cannot be given back: {event.cause}")
         match action:
             case Load(model=name):
                 book.ledger.fail_load(name)
@@ -426,13 +430,17 @@ class Mover:
                 self._resume_failed(action)
 
     def _load_failed(self, entry: ModelEntry, event: Failed) -> None:
+        if event.cause == "dependency":
+            return
         entry.load_fails += 1
         if entry.load_fails >= MAX_LOAD_FAILS or not event.retryable:
             entry.failed = event.cause
+            entry.retry_ns = self._book.now_ns + RETRY_NS if event.retryable else None
             self.fail_model(entry)
 
     def fail_model(self, entry: ModelEntry) -> None:
-        """End all its requests. Later ones are refused until the model is assigned again."""
+        """End all its requests. Later ones are refused, for a while if another try may do, else
+        until the model is assigned again."""
         error = f"{MODEL_FAILED}: the model cannot be loaded: {entry.failed}"
         for state in list(entry.members.values()):
             self._book.finish(state, "error", error=error)
@@ -441,7 +449,7 @@ class Mover:
         """Requests with pages over it lose their KV. Their actions in flight follow the map, so
         they have failed or will; the pages go back when those have ended (see settle_maps)."""
         entry.map_fails += 1
-        if entry.map_fails >= MAX_LOAD_FAILS * 10:
+        if entry.map_fails >= MAX_MAP_FAILS:
             entry.failed = f"no memory can be mapped: {event.cause}"
             self.fail_model(entry)
         self._book.ledger.break_map(entry.spec.name, at)

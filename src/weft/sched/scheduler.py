@@ -8,6 +8,8 @@ another part something to do.
 import heapq
 from collections.abc import Sequence
 
+import msgspec
+
 from weft.core.actions import Emit, KvGone, Status, UnitAction, UnitNotice, WakeAt
 from weft.core.errors import CONTEXT_LENGTH, DRAINING, HOLD_DEADLINE, MODEL_FAILED, MODEL_NOT_FOUND
 from weft.core.events import (
@@ -36,7 +38,7 @@ from weft.sched.steps import Stepper
 from weft.sched.turns import Turns
 
 MAX_ROUNDS = 8
-"""Rounds of one decision; each makes progress, so this is a guard, not a limit that is met."""
+"""Rounds of one decision; each makes progress, so this is a guard that is hardly ever met."""
 
 
 class UnitScheduler:
@@ -46,10 +48,11 @@ class UnitScheduler:
         self._book = Book(unit)
         self._preset = preset
         self._mover = Mover(self._book, preset)
-        self._stepper = Stepper(self._book, self._mover)
+        self._stepper = Stepper(self._book, self._mover, preset)
         self._turns = Turns(self._book, preset)
         self._deadlines: list[tuple[int, RequestId]] = []
         self._woken_for: int | None = None
+        self._rushed = False
 
     def handle(self, events: Sequence[UnitEvent], now_ns: int) -> list[UnitAction | UnitNotice]:
         """Apply all events of this instant, then decide once.
@@ -148,7 +151,7 @@ class UnitScheduler:
             entry.spec = spec
             book.ledger.add_model(spec)
         entry.failed, entry.load_fails, entry.map_fails = None, 0, 0
-        entry.unfit = entry.unassigned = False
+        entry.unfit, entry.unassigned, entry.retry_ns = False, False, None
         self._check_fit()
 
     def _check_fit(self) -> None:
@@ -183,7 +186,8 @@ class UnitScheduler:
         mib = unit.granule_bytes / (1 << 20)
         beside = f" beside {others * mib:.0f} MiB of models that stay" if others else ""
         return (
-            f"it needs {need * mib:.0f} MiB, the device has {unit.num_granules * mib:.0f} MiB"
+            f"{spec.name} needs {need * mib:.0f} MiB, the device has "
+            f"{unit.num_granules * mib:.0f} MiB"
             f"{beside}; raise engine.device_memory or pin fewer models"
         )
 
@@ -192,9 +196,7 @@ class UnitScheduler:
 
     def _pin(self, name: ModelName, pinned: bool) -> None:
         entry = self._book.models[name]
-        spec = entry.spec
-        values = {field: getattr(spec, field) for field in spec.__struct_fields__}
-        entry.spec = ModelSpec(**{**values, "pinned": pinned})
+        entry.spec = msgspec.structs.replace(entry.spec, pinned=pinned)
         self._book.ledger.add_model(entry.spec)
         self._check_fit()
 
@@ -237,6 +239,9 @@ class UnitScheduler:
         assert request.id not in self._book.requests, "a request id came twice"
         if entry is None or entry.unassigned:
             return f"{MODEL_NOT_FOUND}: the model {request.model!r} is not served here"
+        if entry.retry_ns is not None and self._book.now_ns >= entry.retry_ns:
+            entry.failed, entry.retry_ns, entry.load_fails = None, None, 0
+            self._check_fit()
         if entry.failed is not None:
             return f"{MODEL_FAILED}: {entry.failed}"
         if self._book.draining:
@@ -289,6 +294,9 @@ class UnitScheduler:
             passed = self._round()
             if not passed and self._progress() == before:
                 break
+        else:
+            # More to decide than one decision should take: go on in the next instant.
+            self._rushed = True
         self._forget_unassigned()
 
     def _progress(self) -> tuple[int, int, int]:
@@ -356,6 +364,11 @@ class UnitScheduler:
     def _wake(self) -> None:
         """Ask to be woken when a deadline or the end of a turn is the next thing to happen."""
         times: list[int] = []
+        if self._rushed:
+            self._rushed = False
+            times.append(self._book.now_ns + 1)
+        while self._deadlines and self._deadlines[0][1] not in self._book.requests:
+            heapq.heappop(self._deadlines)
         if self._deadlines:
             times.append(self._deadlines[0][0])
         end = self._turns.end_ns()
@@ -398,6 +411,7 @@ class UnitScheduler:
             switches_out=entry.switches_out,
             prompt_tokens=entry.prompt_tokens,
             output_tokens=entry.output_tokens,
+            reason=entry.failed,
         )
 
     @property

@@ -12,7 +12,8 @@ from weft.core.errors import REQUEST_FAILED
 from weft.core.events import Failed, StepDone
 from weft.core.ids import ActionId, ModelName
 from weft.ledger.hazards import Resource
-from weft.sched.book import Book, ModelEntry, RequestState, StepInFlight
+from weft.policy.presets import Preset
+from weft.sched.book import Book, ModelEntry, RequestState, StepInFlight, waiting_view
 from weft.sched.moves import Mover
 
 MAX_RUN_FAILS = 3
@@ -23,9 +24,10 @@ it runs alone, so that it takes nobody with it."""
 class Stepper:
     """Plans Runs for the model that has the turn and applies their results."""
 
-    def __init__(self, book: Book, mover: Mover) -> None:
+    def __init__(self, book: Book, mover: Mover, preset: Preset) -> None:
         self._book = book
         self._mover = mover
+        self._preset = preset
 
     # -- planning -------------------------------------------------------------------------------
 
@@ -93,7 +95,7 @@ class Stepper:
         repeat = self._repeat(entry, ready, decode) if keep is not None else 1
         budget = unit.max_step_tokens
         needy: RequestState | None = None
-        for state in [*decode, *(s for s in ready if s.length - s.planned > 1)]:
+        for state in [*decode, *self._prefills(ready)]:
             if not budget or len(rows) >= unit.max_rows:
                 break
             left = state.length - state.planned
@@ -107,6 +109,15 @@ class Stepper:
             else:
                 needy = needy or state
         return rows, states, repeat, needy
+
+    def _prefills(self, ready: list[RequestState]) -> list[RequestState]:
+        """Requests with more than one position to compute, in the policy's order."""
+        prefills = {s.id: s for s in ready if s.length - s.planned > 1}
+        if len(prefills) < 2:
+            return list(prefills.values())
+        waiting = [waiting_view(state) for state in prefills.values()]
+        order = self._preset.prefill.order(waiting, self._book.now_ns)
+        return [prefills[request] for request in order]
 
     def _repeat(
         self, entry: ModelEntry, ready: list[RequestState], decode: list[RequestState]

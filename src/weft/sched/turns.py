@@ -53,7 +53,8 @@ class Turns:
     @property
     def expired(self) -> bool:
         """Time is up, somebody waits, and the turn has drawn a token. Without the last, models
-        whose KV cannot be parked could throw each other out for ever before any gets to draw."""
+        whose KV cannot be parked could throw each other out for ever before any gets to draw; so a
+        long prefill may hold the turn past its quota."""
         end = self.end_ns()
         if self.next is None or self.current is None or end is None or self._book.now_ns < end:
             return False

@@ -273,5 +273,8 @@ def _random_arrivals(
     for _ in range(rng.choice([0, 0, 2])):
         pin = Pin(model=rng.choice(models).name, pinned=rng.random() < 0.5)
         events.append((rng.randrange(span_ns), pin))
+    if rng.random() < 0.1:
+        gone = Unassign(model=rng.choice(models).name)
+        events.append((rng.randrange(span_ns), gone))
     events.sort(key=lambda item: item[0])
     return events

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.core.actions import CopyKv, Drop, Load, Run
-from weft.core.events import Assign, Cancel, Pin, ReportStatus, Submit
+from weft.core.events import Assign, Cancel, Pin, ReportStatus, Submit, Unassign
 from weft.core.ids import ModelName, RequestId
 from weft.core.model import ModelSpec
 from weft.core.request import Request, Sampling
@@ -221,7 +221,7 @@ def test_a_model_larger_than_the_device_fails_alone() -> None:
     events = [(0, request(0, "big")), (0, request(1, "a"))]
     outcome = run_scenario(scenario([model("big", granules=13), model("a")], events))
     assert outcome.finish == {0: "error", 1: "length"}
-    assert outcome.errors[RequestId(0)].startswith("model_failed: it needs")
+    assert outcome.errors[RequestId(0)].startswith("model_failed: big needs")
 
 
 def test_hold_deadline() -> None:
@@ -250,6 +250,49 @@ def test_pin_arrives_while_serving() -> None:
     outcome = run_scenario(scenario([a, b], events))
     assert outcome.finish == {0: "length", 1: "length"}
     assert outcome.switches == 1
+
+
+def test_an_unassigned_model_finishes_what_it_has_and_holds_nobody_up() -> None:
+    """It is away, one of its requests parked, when it is unassigned: it comes back for that one."""
+    a, b = model("a", granules=8), model("b", granules=8)
+    events = [
+        (0, request(0, "a", tokens=40)),
+        (0, request(1, "b", tokens=40)),
+        (130 * MS, Unassign(model=ModelName("a"))),
+        (140 * MS, request(2, "a")),
+    ]
+    outcome = run_scenario(scenario([a, b], events, turn_s=0.1))
+    assert outcome.finish == {0: "length", 1: "length", 2: "error"}
+    assert outcome.errors[RequestId(2)].startswith("model_not_found")
+
+
+def test_a_model_whose_loads_failed_is_tried_again_when_the_client_was_told_to_come_back() -> None:
+    events = [(0, request(0, "a")), (1_000 * MS, request(1, "a")), (40_000 * MS, request(2, "a"))]
+    body = Body(scenario([model("a")], events))
+    start = body.executor._start
+    broken = True
+
+    def fail_loads(queue: str, action: object) -> None:
+        start(queue, action)  # type: ignore[arg-type]
+        active = body.executor._busy[queue]
+        if isinstance(action, Load) and active is not None and active.action is action and broken:
+            active.fail_at = 0
+
+    body.executor._start = fail_loads  # type: ignore[method-assign]
+    body.run(body.scenario.arrivals, until_ns=2_000 * MS)
+    assert body.outcome.finish == {0: "error", 1: "error"}
+    broken = False
+    body.run(events[2:])
+    assert body.outcome.finish == {0: "error", 1: "error", 2: "length"}
+
+
+def test_prefills_run_by_priority() -> None:
+    """Both are admitted at once; the urgent one's prompt is computed first."""
+    late = request(1, "a", prompt=tuple(range(1, 41)), priority=-1, at_ns=1)
+    events = [(0, request(0, "a", prompt=tuple(range(1, 41)))), (0, late)]
+    outcome = run_scenario(scenario([model("a", granules=2)], events))
+    first = next(x for _, x in outcome.trace if isinstance(x, Run))
+    assert [row.request for row in first.plan.rows] == [1]
 
 
 def test_dedicated_refuses_what_does_not_fit_beside_the_others() -> None:

@@ -9,14 +9,15 @@ from weft.core.ids import RequestId
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that holds no device memory yet: queued, or parked in the host store."""
+    """A request with positions to compute before it can draw: queued, parked in the host store, or
+    admitted and in the middle of its prefill."""
 
     request: RequestId
     arrival_ns: int
     priority: int
     parked: bool
     tokens: int
-    """Positions to compute (queued) or to copy back (parked)."""
+    """Positions still to compute."""
 
 
 class PrefillOrder(Protocol):
