@@ -216,6 +216,10 @@ class FakeScheduler:
     def check_integrity(self) -> None:
         assert not self._states or self._models
 
+    @property
+    def idle(self) -> bool:
+        return False
+
     def mapped(self) -> dict[str, tuple[int, ...]]:
         return {}
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from weft.core.actions import Run, Status, UnitAction, UnitNotice, WakeAt
+from weft.core.actions import CopyKv, Run, Status, UnitAction, UnitNotice, WakeAt
 from weft.core.events import (
     Assign,
     CopyDone,
@@ -64,8 +64,11 @@ class Worker:
         *,
         recorder: Recorder | None = None,
         check: bool = False,
+        forget_parked: Callable[[], None] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        """`forget_parked` gives the memory of the region for parked KV back; it is called when
+        the unit has become idle. None where that memory is registered with a device."""
         self._incarnation = incarnation
         self._channel = channel
         self._scheduler = scheduler
@@ -73,6 +76,9 @@ class Worker:
         self._recorder = recorder
         self._check = check
         self._clock = clock
+        self._forget_parked = forget_parked
+        # An earlier incarnation may have left something.
+        self._may_hold_parked = True
         self._bound: set[ModelName] = set()
         self._leaving: set[ModelName] = set()
         """Unassigned, not yet forgotten by the scheduler."""
@@ -133,9 +139,21 @@ class Worker:
             if self._recorder:
                 self._recorder.submitted(action, planned_ns, self._clock())
         self._unbind(events)
+        self._release_parked(actions)
         if self._check and not self._waiting and not self._in_flight:
             self._scheduler.check_integrity()
             self._executor.check_integrity(mapped=self._scheduler.mapped())
+
+    def _release_parked(self, actions: Sequence[UnitAction]) -> None:
+        """Nobody is parked when nobody is here: what parking took becomes free memory again. What
+        an earlier incarnation parked comes back in the first instant of this one, with its
+        requests, or never."""
+        for action in actions:
+            if isinstance(action, CopyKv) and action.to == "host":
+                self._may_hold_parked = True
+        if self._forget_parked and self._may_hold_parked and self._bound and self._scheduler.idle:
+            self._forget_parked()
+            self._may_hold_parked = False
 
     def _receive(self) -> list[UnitEvent]:
         """Events from the hub; an instant that spans several messages is waited for whole."""

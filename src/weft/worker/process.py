@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class BuiltUnit(NamedTuple):
     spec: UnitSpec
     scheduler: Scheduler
     executor: Executor
+    forget_parked: Callable[[], None] | None = None
 
 
 Build = Callable[[WorkerConfig, HostStore], BuiltUnit]
@@ -57,6 +59,8 @@ def build_unit(config: WorkerConfig, host: HostStore) -> BuiltUnit:
         host_offset=config.host_offset,
         host_bytes=config.host_bytes,
         depth=config.depth,
+        # Models that are resident together hold slots at the same time.
+        num_slots=max(256, 4 * config.max_rows),
         max_rows=config.max_rows,
         max_step_tokens=config.max_step_tokens,
         max_repeat=config.max_repeat,
@@ -68,11 +72,13 @@ def build_unit(config: WorkerConfig, host: HostStore) -> BuiltUnit:
         from weft.engine.cuda_executor import CudaExecutor
 
         executor = CudaExecutor(spec, host, threads=config.cpu_threads, verify=config.check)
-    else:
-        from weft.engine.cpu_executor import CpuExecutor
+        return BuiltUnit(facts.name, spec, scheduler, executor)
+    from weft.engine.cpu_executor import CpuExecutor
 
-        executor = CpuExecutor(spec, host, threads=config.cpu_threads, verify=config.check)
-    return BuiltUnit(facts.name, spec, scheduler, executor)
+    executor = CpuExecutor(spec, host, threads=config.cpu_threads, verify=config.check)
+    # On CUDA the region is registered, and what is registered must not be punched.
+    forget = partial(host.punch, config.host_offset, config.host_bytes)
+    return BuiltUnit(facts.name, spec, scheduler, executor, forget)
 
 
 def die_with_parent(parent: int) -> None:
@@ -130,6 +136,7 @@ def _serve(config: WorkerConfig, channel: WorkerChannel, host_fd: int, build: Bu
             executor,
             recorder=recorder,
             check=config.check,
+            forget_parked=built.forget_parked,
         )
         worker.run()
         return 0

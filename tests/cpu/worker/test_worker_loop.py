@@ -95,8 +95,16 @@ class World:
         self.on_handle: Callable[[], None] | None = None
         self.known: dict[str, tuple[int, ...]] = {"m/kv": (1,)}
         self.unbindable = False
+        self.is_idle = False
         self.worker = Worker(
-            1, self.channel, self, self, check=check, recorder=recorder, clock=lambda: self.now_ns
+            1,
+            self.channel,
+            self,
+            self,
+            check=check,
+            recorder=recorder,
+            forget_parked=lambda: self.story.append("parked memory forgotten"),
+            clock=lambda: self.now_ns,
         )
 
     # the scheduler
@@ -107,6 +115,10 @@ class World:
 
     def check_integrity(self) -> None:
         self.story.append("scheduler checked")
+
+    @property
+    def idle(self) -> bool:
+        return self.is_idle
 
     def mapped(self) -> dict[str, tuple[int, ...]]:
         return self.known
@@ -299,6 +311,39 @@ def test_a_model_that_is_assigned_again_stays_bound(world: World) -> None:
     world.send(submit(1))
     world.turn()
     assert world.story == ["bind m"]
+
+
+def test_memory_of_parked_kv_goes_back_when_the_unit_is_idle(world: World) -> None:
+    """Not before the first word of the hub, which may bring what an earlier incarnation parked;
+    once, and again only after something was parked again."""
+    forgotten = "parked memory forgotten"
+    park = CopyKv(
+        id=ActionId(5),
+        model=ModelName("m"),
+        request=RequestId(1),
+        pages=(),
+        extents=(Extent(0, 4096),),
+        tokens=0,
+        to="host",
+    )
+    world.is_idle = True
+    world.ends = [Done(action=ActionId(9))]
+    world.worker._in_flight[ActionId(9)] = Drop(id=ActionId(9), model=ModelName("m"), granules=())
+    world.turn()
+    assert forgotten not in world.story
+    world.send(BIND)
+    world.turn()
+    world.send(UNASSIGN)
+    world.turn()
+    assert world.story.count(forgotten) == 1
+    world.is_idle = False
+    world.send(UNASSIGN)
+    world.turn(park)
+    assert world.story.count(forgotten) == 1
+    world.is_idle = True
+    world.send(UNASSIGN)
+    world.turn()
+    assert world.story.count(forgotten) == 2
 
 
 def test_words_for_another_incarnation_are_a_fault(world: World) -> None:
