@@ -186,6 +186,10 @@ def _broken(status: StatusReply) -> Iterator[Text]:
     for card in status.pool.models:
         if card.failed is not None:
             yield Text(f"{card.name} cannot be served: {card.failed}")
+    for unit in status.pool.units:
+        for model in unit.status.models if unit.status is not None else ():
+            if model.reason is not None:
+                yield Text(f"{model.name} cannot be served: {model.reason}")
 
 
 def make_console() -> Console:

@@ -303,6 +303,10 @@ class PoolHub:
             status.bytes_copied,
         ):
             self._progress_ns = self._clock()
+        told = {m.name for m in before.models if m.reason} if before is not None else set()
+        for model in status.models:
+            if model.reason and model.name not in told:
+                log.warning("unit%d: %s cannot be served: %s", unit, model.name, model.reason)
 
     def _handle(self, events: list[ev.PoolEvent]) -> None:
         instants: dict[tuple[int, int], _Instant] = {}

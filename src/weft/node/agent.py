@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -73,9 +73,12 @@ class _Worker:
             match message:
                 case Hello(device=device):
                     self.stop_timer()
+                    self.agent.was_up = True
                     log.info("%s is up on %s (pid %d)", self.label, device, self.process.pid)
-                case WorkerFailed(reason=reason):
+                case WorkerFailed(reason=reason, refused=refused):
                     self.reason = reason
+                    if refused and not self.agent.was_up and self.agent.on_refused is not None:
+                        self.agent.on_refused(reason)
         self.agent.hub.unit_messages(self.config.unit, messages)
 
     def on_end(self, reason: str) -> None:
@@ -111,6 +114,10 @@ class NodeAgent:
         self._workers: dict[tuple[int, int], _Worker] = {}
         self._closing = False
         self.hub: HubSide
+        self.was_up = False
+        """Some worker said Hello, so the configuration works here."""
+        self.on_refused: Callable[[str], None] | None = None
+        """Told why the first workers refuse their configuration."""
 
     def connect(self, hub: HubSide) -> None:
         """Before the first `start`."""

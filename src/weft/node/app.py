@@ -95,15 +95,28 @@ class _Pool:
         app = create_app(hub, self._config)
         hub.add_unit(0)
         building = asyncio.create_task(self._build_images(plan, host, hub))
+        stop = asyncio.Event()
+        refusals: list[str] = []
+
+        def refuse(reason: str) -> None:
+            refusals.append(reason)
+            stop.set()
+
+        agent.on_refused = refuse
+        building.add_done_callback(lambda done: _report(done, refuse))
         try:
-            await serve(app, server.host, server.port, insecure=insecure, on_ready=on_ready)
+            await serve(
+                app, server.host, server.port, insecure=insecure, on_ready=on_ready, stop=stop
+            )
         finally:
             self._stop_building.set()
             with suppress(asyncio.CancelledError):
-                await building
+                await asyncio.wait([building])
             hub.close()
             await agent.close()
             log.info("stopped")
+        if refusals:
+            raise WeftError(refusals[0])
 
     def _unit(self, unit: int, plan: StorePlan) -> WorkerConfig:
         """The configuration of the workers of one unit. One unit has all of the parked KV."""
@@ -154,6 +167,15 @@ class _Pool:
                 else:
                     log.error("model=%s failed: %s", name, reason)
                     hub.model_failed(name, reason)
+
+
+def _report(building: "asyncio.Task[None]", refuse: Callable[[str], None]) -> None:
+    """A bug while images are built would leave requests waiting for ever: better an end that is
+    seen."""
+    error = None if building.cancelled() else building.exception()
+    if error is not None:
+        log.error("building weight images failed", exc_info=error)
+        refuse(f"weight images cannot be built: {type(error).__name__}: {error}")
 
 
 def _add_models(hub: PoolHub, plan: StorePlan) -> None:

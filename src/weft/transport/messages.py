@@ -98,6 +98,8 @@ class WorkerFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     incarnation: int
     reason: str
+    refused: bool = False
+    """The configuration cannot work on this machine; a new worker would say the same."""
 
 
 WorkerMessage = Hello | UnitNotices | StepRequests | WorkerFailed

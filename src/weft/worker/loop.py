@@ -51,6 +51,11 @@ class Scheduler(Protocol):
         """Per "model/weights" and "model/kv" of every model it knows."""
         ...
 
+    @property
+    def idle(self) -> bool:
+        """Nothing in flight and nobody here."""
+        ...
+
 
 class Worker:
     """Joins one scheduler, one executor and the channel to the hub."""

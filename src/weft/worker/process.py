@@ -143,7 +143,7 @@ def _serve(config: WorkerConfig, channel: WorkerChannel, host_fd: int, build: Bu
     except ChannelClosed:
         raise
     except WeftError as error:
-        channel.send(WorkerFailed(incarnation=config.incarnation, reason=str(error)))
+        channel.send(WorkerFailed(incarnation=config.incarnation, reason=str(error), refused=True))
         return 1
     except Exception as error:
         log.exception("worker failed")
