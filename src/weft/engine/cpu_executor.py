@@ -31,6 +31,7 @@ from weft.core.model import Architecture, ModelSpec
 from weft.core.unit import UnitSpec
 from weft.engine.base import ImageRef
 from weft.engine.book import ActionBook, DependencyFailed, ExecutorClosed, LoadProgress
+from weft.engine.bound import BoundModels
 from weft.engine.checksums import ChecksumError, Checksums, checksum
 from weft.engine.copies import (
     copy_pieces,
@@ -43,7 +44,6 @@ from weft.engine.failures import failure
 from weft.engine.mapped import check_pages_mapped, check_weights_mapped, remap
 from weft.engine.runner import BoundModel, LogitsTap, Runner, bind_model
 from weft.memory.arena_cpu import CpuArena
-from weft.memory.base import mapping_difference
 from weft.memory.host_store import HostStore
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class CpuExecutor:
         self._arena_lock = threading.Lock()
         self._host: torch.Tensor | None = host_tensor(host)
         self._fault = fault
-        self._models: dict[ModelName, BoundModel] = {}
+        self._models = BoundModels(self._arena, self._arena_lock, unit.granule_bytes)
         last_token = torch.zeros(unit.num_slots, dtype=torch.int64)
         self._runners = [
             Runner(
@@ -108,11 +108,7 @@ class CpuExecutor:
             self._models[model.name] = bind_model(self._arena, self.unit, model, arch, image)
 
     def unbind(self, model: ModelName) -> None:
-        if self._book.names_model(model):
-            raise ValueError(f"{model}: an action that names it is in flight")
-        with self._arena_lock:
-            self._arena.release(model)
-            del self._models[model]
+        self._models.unbind(model, self._book)
 
     def submit(self, action: UnitAction) -> None:
         self._book.submit(action)
@@ -125,9 +121,7 @@ class CpuExecutor:
 
     def check_integrity(self, *, mapped: dict[str, tuple[int, ...]]) -> None:
         """Meaningful only while no action is in flight."""
-        with self._arena_lock:
-            difference = mapping_difference(self._arena.mapped(), mapped)
-        assert difference is None, difference
+        self._models.check_integrity(mapped)
 
     def close(self) -> None:
         """Finish the iteration or copy at hand, fail the rest, join the threads. Idempotent."""
@@ -185,7 +179,7 @@ class CpuExecutor:
 
     def _run(self, action: Run) -> StepDone:
         plan = action.plan
-        model = self._model(plan.model)
+        model = self._models[plan.model]
         progress = self._book.following(action)
         runner = self._runners[action.lane]
         step = runner.prepare(model, plan)
@@ -215,14 +209,11 @@ class CpuExecutor:
             step.release()
 
     def _load(self, action: Load) -> CopyDone:
-        model, progress = self._model(action.model), self._book.progress(action.id)
-        host = self._host_bytes()
+        model, at = self._models.to_load(action)
+        progress, host = self._book.progress(action.id), self._host_bytes()
         image, chunk = model.image, self.unit.host_chunk_bytes
         begin_ns, copied = time.monotonic_ns(), 0
-        at = range(len(action.granules))
         with self._arena_lock:
-            if len(at) * self.unit.granule_bytes < image.num_bytes:
-                raise ValueError(f"{len(at)} granules are too few for {image.num_bytes} bytes")
             self._arena.map(model.spec.name, "weights", at, action.granules)
         try:
             for i, extent in enumerate(model.layout.extents):
@@ -249,7 +240,7 @@ class CpuExecutor:
         return _copy_done(action, copied, begin_ns)
 
     def _copy_kv(self, action: CopyKv) -> CopyDone:
-        model, host = self._model(action.model), self._host_bytes()
+        model, host = self._models[action.model], self._host_bytes()
         page_bytes = model.spec.page_bytes
         begin_ns = time.monotonic_ns()
         pieces = kv_pieces(action.pages, page_bytes, action.extents, self.unit.host_chunk_bytes)
@@ -301,12 +292,6 @@ class CpuExecutor:
         with self._arena_lock:
             held = self._arena.mapped()[f"{model.spec.name}/kv"]
         check_pages_mapped(model.spec, self.unit.granule_bytes, held, pages, who)
-
-    def _model(self, name: ModelName) -> BoundModel:
-        try:
-            return self._models[name]
-        except KeyError:
-            raise ValueError(f"model {name!r} is not bound") from None
 
     def _host_bytes(self) -> torch.Tensor:
         assert self._host is not None

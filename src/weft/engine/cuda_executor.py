@@ -36,6 +36,7 @@ from weft.core.model import Architecture, ModelSpec
 from weft.core.unit import UnitSpec
 from weft.engine.base import ImageRef
 from weft.engine.book import ActionBook, ExecutorClosed, LoadProgress
+from weft.engine.bound import BoundModels
 from weft.engine.checksums import Checksums
 from weft.engine.copies import host_tensor, kv_pieces, range_pieces, total_bytes
 from weft.engine.cuda_device import CudaDevice, Device, Stream
@@ -45,7 +46,6 @@ from weft.engine.cuda_verify import Verifier
 from weft.engine.failures import failure
 from weft.engine.mapped import remap
 from weft.engine.runner import BoundModel, LogitsTap, Runner, bind_model
-from weft.memory.base import mapping_difference
 from weft.memory.host_registry import HostRegistry
 from weft.memory.host_store import HostStore
 from weft.models.decoder import Decoder
@@ -88,7 +88,7 @@ class CudaExecutor:
             Verifier(self._device, self._arena, self._arena_lock, self._host) if verify else None
         )
         self._fault = fault
-        self._models: dict[ModelName, BoundModel] = {}
+        self._models = BoundModels(self._arena, self._arena_lock, unit.granule_bytes)
         self._marks = Marks()
         self._mappings: queue.SimpleQueue[MapKv | UnmapKv | Drop | None] = queue.SimpleQueue()
         self._remapped: deque[MapKv | UnmapKv | Drop] = deque()
@@ -104,7 +104,7 @@ class CudaExecutor:
             self._device,
             self._marks,
             self._verifier,
-            self._model,
+            self._models.__getitem__,
             self._begin,
             self._fail,
         )
@@ -151,11 +151,7 @@ class CudaExecutor:
             lane.stream.wait(made)
 
     def unbind(self, model: ModelName) -> None:
-        if self._book.names_model(model):
-            raise ValueError(f"{model}: an action that names it is in flight")
-        with self._arena_lock:
-            self._arena.release(model)
-            del self._models[model]
+        self._models.unbind(model, self._book)
 
     def submit(self, action: UnitAction) -> None:
         """Launches at once what is free to run: some milliseconds for a step."""
@@ -181,9 +177,7 @@ class CudaExecutor:
 
     def check_integrity(self, *, mapped: dict[str, tuple[int, ...]]) -> None:
         """Meaningful only while no action is in flight."""
-        with self._arena_lock:
-            difference = mapping_difference(self._arena.mapped(), mapped)
-        assert difference is None, difference
+        self._models.check_integrity(mapped)
 
     def registered_bytes(self) -> int:
         """Bytes of the host store that copies can reach without waiting."""
@@ -341,10 +335,8 @@ class CudaExecutor:
     # -- copies ---------------------------------------------------------------------------------
 
     def _issue_load(self, channel: CopyChannel, action: Load) -> None:
-        model, progress = self._model(action.model), self._book.progress(action.id)
-        image, at = model.image, range(len(action.granules))
-        if len(at) * self.unit.granule_bytes < image.num_bytes:
-            raise ValueError(f"{len(at)} granules are too few for {image.num_bytes} bytes")
+        model, at = self._models.to_load(action)
+        image, progress = model.image, self._book.progress(action.id)
         self._registry.wait([(image.offset, image.num_bytes)])
         self._marks.wait(action.after)
         with self._arena_lock:
@@ -386,7 +378,7 @@ class CudaExecutor:
         return sums
 
     def _issue_copy(self, channel: CopyChannel, action: CopyKv) -> None:
-        model, page_bytes = self._model(action.model), self._model(action.model).spec.page_bytes
+        model, page_bytes = self._models[action.model], self._models[action.model].spec.page_bytes
         pieces = kv_pieces(action.pages, page_bytes, action.extents, self.unit.host_chunk_bytes)
         if any(page >= model.kv.pages.shape[0] for page in action.pages):
             raise ValueError(f"a page id is outside 0 .. {model.kv.pages.shape[0] - 1}")
@@ -448,9 +440,3 @@ class CudaExecutor:
             at = range(len(action.granules))
             with self._arena_lock:
                 self._arena.unmap(action.model, "weights", at, action.granules)
-
-    def _model(self, name: ModelName) -> BoundModel:
-        try:
-            return self._models[name]
-        except KeyError:
-            raise ValueError(f"model {name!r} is not bound") from None

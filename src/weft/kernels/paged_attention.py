@@ -7,6 +7,9 @@ P pages, N page tokens, S splits. A layer's KV is a strided view [P, 2, N, K, D]
 A row's result is a function of its own queries, keys and values and of the launch shape (the
 number of splits and the block sizes): no atomics, no dependence on page ids or on other rows.
 Sums run over key blocks in ascending order; splits are merged in ascending order.
+
+Kernels and their launchers are longer than functions elsewhere: a kernel cannot hand its registers
+to a helper that the compiler would not inline, and most of a launcher is its list of arguments.
 """
 
 import math
