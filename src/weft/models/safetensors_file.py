@@ -88,8 +88,16 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             raise WeftError(f"{self.path}: tensor {name!r} is missing from the checkpoint")
+        shard = self._shards[info.file]
+        # Reading a mapping behind the end of its file would end the process (SIGBUS).
+        try:
+            num_bytes = shard.path.stat().st_size
+        except OSError:
+            num_bytes = len(shard.map)  # deleted, but still there for whoever has it open
+        if num_bytes < len(shard.map):
+            raise WeftError(f"{shard.path}: became shorter while it was read; download it again")
         array: np.ndarray = np.frombuffer(
-            self._shards[info.file].map,
+            shard.map,
             dtype=_NUMPY[info.dtype],
             count=info.num_bytes // DTYPE_BYTES[info.dtype],
             offset=info.offset,

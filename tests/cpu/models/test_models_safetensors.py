@@ -227,3 +227,21 @@ def test_any_header_is_read_or_refused(
                 assert checkpoint.array(name).nbytes == info.num_bytes
     except WeftError as refusal:
         assert str(folder) in str(refusal)
+
+
+def test_a_shard_that_shrinks_after_it_was_opened_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m")
+    with open_checkpoint(folder) as checkpoint:
+        name = "model.norm.weight"
+        assert checkpoint.array(name).size
+        os.truncate(folder / "model.safetensors", 4096)
+        with pytest.raises(WeftError, match="became shorter"):
+            checkpoint.array(name)
+
+
+def test_a_shard_that_is_deleted_after_it_was_opened_is_read_to_its_end(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "m")
+    with open_checkpoint(folder) as checkpoint:
+        before = checkpoint.array("model.norm.weight").copy()
+        (folder / "model.safetensors").unlink()
+        assert (checkpoint.array("model.norm.weight") == before).all()
