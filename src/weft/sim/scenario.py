@@ -8,6 +8,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from weft.core.actions import Emit, KvGone, KvParked, Status, UnitAction, UnitNotice, WakeAt
 from weft.core.events import (
     Assign,
@@ -242,6 +244,24 @@ def random_scenario(
         cost=CostModel(link_bytes_per_s=rng.choice([1e7, 1e9])),
         seed=seed,
     )
+
+
+def small_scenario(seed: int) -> Scenario:
+    """The same unit in trouble with one to three short requests: some twenty decisions, so that
+    a core runs about a thousand of them a second."""
+    scenario = random_scenario(seed, requests=random.Random(seed).randint(1, 3))
+    arrivals: list[tuple[int, UnitEvent]] = []
+    for at, event in scenario.arrivals:
+        if isinstance(event, Submit):
+            request = msgspec.structs.replace(
+                event.request,
+                prompt=event.request.prompt[:6],
+                max_tokens=min(event.request.max_tokens, 4),
+            )
+            event = Submit(request=request)
+        arrivals.append((at, event))
+    scenario.arrivals = arrivals
+    return scenario
 
 
 def _random_arrivals(

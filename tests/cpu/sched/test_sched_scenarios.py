@@ -12,7 +12,14 @@ from weft.core.model import ModelSpec
 from weft.core.request import Request, Sampling
 from weft.core.unit import UnitSpec
 from weft.sim.executor import expected_stream
-from weft.sim.scenario import Body, Scenario, check_outcome, random_scenario, run_scenario
+from weft.sim.scenario import (
+    Body,
+    Scenario,
+    check_outcome,
+    random_scenario,
+    run_scenario,
+    small_scenario,
+)
 
 KIB = 1024
 MS = 1_000_000
@@ -28,6 +35,13 @@ def test_random_scenarios_end_right_and_leave_nothing(seed: int) -> None:
 @given(st.integers(0, 1 << 40), st.sampled_from([0.1, 0.3]))
 def test_failures_at_every_action_are_survived(seed: int, fail: float) -> None:
     run_scenario(random_scenario(seed, fail=fail, requests=8))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1 << 40))
+def test_hundreds_of_small_scenarios(seed: int) -> None:
+    for i in range(50):
+        run_scenario(small_scenario(seed + i))
 
 
 def _streams(scenario: Scenario) -> dict[RequestId, list[int]]:
@@ -348,3 +362,10 @@ def test_the_modelled_model_depends_on_every_token_of_its_context() -> None:
 def test_campaign_of_scenarios(block: int, campaign_seed: int) -> None:
     for i in range(1000):
         run_scenario(random_scenario(campaign_seed * 1_000_003 + block * 1000 + i))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(4))
+def test_campaign_of_small_scenarios(block: int, campaign_seed: int, campaign_full: bool) -> None:
+    for i in range(25_000 if campaign_full else 5_000):
+        run_scenario(small_scenario(campaign_seed * 1_000_003 + block * 100_000 + i), check=False)
