@@ -185,6 +185,10 @@ class Mover:
         room = memory.weight_granules + max(first - len(memory.kv.granules), 0)
         if self.make_room(entry.spec.name, room, keep):
             self.load(entry)
+        elif not self.coming_granules() and memory.kv.granules:
+            # Its load failed when its requests had their KV already: that KV must not keep its own
+            # weights out.
+            self._send_away(entry.spec.name, "kv")
 
     def _loadable(self, entry: ModelEntry) -> bool:
         """Runs that followed a failed load end a little after it. A load behind them would fail as

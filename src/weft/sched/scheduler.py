@@ -340,7 +340,7 @@ class UnitScheduler:
             mover.bring_in(current, alone)
             mover.admit(current, first=alone, further={*alone, turns.next or current.spec.name})
         holder = current if not turns.over else None
-        wanting = holder is not None and (holder.starving or holder.blocked)
+        wanting = holder is not None and self._wants_room(holder)
         if upcoming is not None and not wanting:
             keep = {upcoming.spec.name}
             if holder is not None:
@@ -349,6 +349,11 @@ class UnitScheduler:
             mover.admit(upcoming, first=keep, further=None)
         mover.continue_leaving()
         mover.preload()
+
+    def _wants_room(self, entry: ModelEntry) -> bool:
+        """The model with the turn waits for memory: what comes free is its."""
+        absent = self._book.memory(entry.spec.name).state == "absent"
+        return absent or entry.starving or entry.blocked
 
     def _forget_unassigned(self) -> None:
         for name, entry in list(self._book.models.items()):
