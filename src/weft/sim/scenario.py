@@ -249,7 +249,8 @@ def random_scenario(
 def small_scenario(seed: int) -> Scenario:
     """The same unit in trouble with one to three short requests: some twenty decisions, so that
     a core runs about a thousand of them a second."""
-    scenario = random_scenario(seed, requests=random.Random(seed).randint(1, 3))
+    rng = random.Random(seed)
+    scenario = random_scenario(seed, requests=rng.randint(1, 3))
     arrivals: list[tuple[int, UnitEvent]] = []
     for at, event in scenario.arrivals:
         if isinstance(event, Submit):
