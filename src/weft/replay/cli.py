@@ -182,7 +182,7 @@ def replay(
     out: Annotated[Path | None, typer.Option(help="Write every record as JSON here.")] = None,
 ) -> None:
     """Replay a trace over HTTP with streaming, and measure what the clients saw."""
-    # Long because typer reads the options from the signature; the body only hands them on.
+    # Long because typer reads the options from the signature: half of it is their list.
     if (trace is None) == (rate is None):
         raise WeftError("give a trace file or --rate, not both")
     if out is not None:
