@@ -14,7 +14,14 @@ from typing import Literal
 import msgspec
 
 from weft.core.ids import ActionId, GranuleId, ModelName, PageId, RequestId, SlotId
-from weft.core.request import Extent, FinishReason, ParkedKv, Sampling
+from weft.core.request import (
+    Extent,
+    FinishReason,
+    ParkedKv,
+    Pooling,
+    Sampling,
+    TokenLogprobs,
+)
 from weft.core.unit import UnitStatus
 
 
@@ -41,7 +48,19 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     first_page: int = 0
     append_pages: tuple[PageId, ...] = ()
     """Written into the slot's page table at first_page before the step; entries before are kept."""
-    adapter: str | None = None
+    adapter: ModelName | None = None
+    outputs: tuple[int, ...] = ()
+    """With `sample.stepwise` only: every token drawn before, all output_index of them."""
+    prompt_ids: tuple[int, ...] = ()
+    """With a repetition penalty only: the distinct ids of the prompt, ascending."""
+    targets: tuple[int, ...] = ()
+    """With prompt log probabilities only: the ids that follow the row's first len(targets) tokens
+    in the prompt."""
+    target_logprobs: int = 0
+    """How many most probable ids to report at each of `targets`."""
+    embed: Pooling | None = None
+    """"last": report the final hidden state (after the last norm) of the row's last token; "mean":
+    the sum of those of all its tokens. float32."""
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +153,15 @@ class Emit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     finish: FinishReason | None = None
     error: str | None = None
     """With finish "error": a code of `core.errors` and a message, as "code: message"."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of `tokens`, where they were asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """In the first Emit, where they were asked for: positions 1 .. of the prompt."""
+    embedding: tuple[bytes, ...] = ()
+    """In the last Emit of an embedding: little-endian float32 vectors whose sum is the pooled
+    state (for "mean" divide by the prompt's length)."""
+    cached_tokens: int | None = None
+    """In the first Emit: prompt tokens whose KV was found instead of computed."""
 
 
 class KvParked(msgspec.Struct, frozen=True, kw_only=True, tag=True):

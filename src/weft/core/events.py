@@ -4,7 +4,7 @@ import msgspec
 
 from weft.core.ids import ActionId, ModelName, RequestId
 from weft.core.model import ModelSpec
-from weft.core.request import ParkedKv, Request
+from weft.core.request import ParkedKv, Request, TokenLogprobs
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -59,6 +59,12 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tokens: tuple[tuple[int, ...], ...]
     token_ns: tuple[int, ...] = ()
     device_ns: int = 0
+    logprobs: tuple[tuple[TokenLogprobs | None, ...], ...] = ()
+    """Like `tokens`; empty where no row asked for any."""
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+    """Per row, for its `targets`; empty where no row has any."""
+    embeddings: tuple[bytes | None, ...] = ()
+    """Per row, little-endian float32; empty where no row asked for any."""
 
 
 class CopyDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -73,6 +73,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     page_bytes: int
     max_context_tokens: int
     """Prompt and output together may not exceed this."""
+    base: ModelName | None = None
+    """This is a LoRA adapter of `base`: it has weights, but no KV and no turns of its own."""
     eos_ids: tuple[int, ...] = ()
     vocab_size: int
     pinned: bool = False

@@ -9,20 +9,68 @@ from weft.core.ids import ModelName, RequestId
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+Pooling = Literal["last", "mean"]
+"""An embedding is the last token's final hidden state, or the mean over all tokens."""
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What the output must look like. Checked by the frontend before it gets here."""
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
+    text: str = ""
+    """The JSON Schema, the regular expression, a JSON list of the choices, or the Lark grammar."""
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How a token is drawn. Noise is a function of (seed, output position, token id) alone.
 
-    temperature 0 is greedy (ties to the lowest id). top_k 0 and top_p 1.0 mean no truncation.
+    temperature 0 is greedy (ties to the lowest id). top_k 0, top_p 1.0 and min_p 0.0 mean no
+    truncation. Order: grammar and stop mask, logit_bias, repetition, presence and frequency
+    penalty, temperature, min_p, top_k, top_p.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    """Tokens less probable than min_p times the most probable one are left out."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the output has already."""
+    frequency_penalty: float = 0.0
+    """Taken from a logit once for every time the output has the token."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in prompt or output: divided by it if positive, else multiplied."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these ids."""
+    logprobs: int | None = None
+    """Report the log probability of every drawn token, and of this many most probable ones.
+    They are the model's own: of the raw logits, before any of the above."""
+    grammar: Grammar | None = None
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def stepwise(self) -> bool:
+        """Drawing needs every earlier token of the output on the host: its next step can only be
+        planned when the last one is known."""
+        return (
+            self.grammar is not None
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of probabilities at one position."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(id, log probability) of the most probable ones, best first, equal ones by id."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,10 +86,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     stop_ids: tuple[int, ...] = ()
     """Token ids that end the output besides the model's EOS ids; the stop token is not emitted."""
     ignore_eos: bool = False
+    prompt_logprobs: int | None = None
+    """Report the log probability of every prompt token but the first, as `Sampling.logprobs`."""
+    embed: Pooling | None = None
+    """No token is drawn (max_tokens is 0): the answer is one vector."""
     priority: int = 0
     """Lower runs earlier."""
     tenant: str = ""
-    adapter: str | None = None
+    adapter: ModelName | None = None
+    """A LoRA adapter on `model`; it is assigned to units as a model of its own, with a `base`."""
     arrival_ns: int = 0
     hold_deadline_ns: int | None = None
     """If the request has not begun by then it fails with 503."""

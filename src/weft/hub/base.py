@@ -8,7 +8,7 @@ import msgspec
 
 from weft.core.errors import ReplyError
 from weft.core.ids import RequestId
-from weft.core.request import FinishReason, Sampling
+from weft.core.request import FinishReason, Pooling, Sampling, TokenLogprobs
 from weft.core.unit import UnitStatus
 
 
@@ -24,6 +24,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     priority: int = 0
     tenant: str = ""
+    prompt_logprobs: int | None = None
+    embed: Pooling | None = None
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +34,12 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     tokens: tuple[int, ...] = ()
     finish: FinishReason | None = None
     error: ReplyError | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of `tokens`, where they were asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    embedding: tuple[bytes, ...] = ()
+    """See `core.actions.Emit`."""
+    cached_tokens: int | None = None
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +54,12 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...]
     ttft_slo_s: float
     tbt_slo_s: float
+    base: str | None = None
+    """The model under this adapter; requests to the adapter carry the adapter's own name."""
+    aliases: tuple[str, ...] = ()
+    """Other names for it in requests."""
+    pooling: Pooling = "last"
+    """How its embeddings are made."""
     failed: str | None = None
     """Why the model cannot be served (a broken checkpoint); its requests get 503 model_failed."""
 

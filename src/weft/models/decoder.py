@@ -13,6 +13,7 @@ import torch
 from weft.attention.base import AttentionBackend, ForwardBatch, KvView
 from weft.core.model import Architecture, RopeSpec
 from weft.models.layout import gate_up_blocks, image_layout
+from weft.models.linear import DenseLinear, Linear
 from weft.models.ops import Ops, TorchOps
 
 __all__ = ["Decoder", "ForwardBatch", "KvView", "rope_tables", "torch_dtype"]
@@ -33,12 +34,11 @@ def torch_dtype(name: str) -> torch.dtype:
 @dataclass(frozen=True)
 class _Layer:
     input_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    o: torch.Tensor
+    qkv: Linear
+    o: Linear
     post_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Linear
+    down: Linear
 
 
 class Decoder:
@@ -150,23 +150,18 @@ class Decoder:
     ) -> torch.Tensor:
         arch = self.arch
         tokens, group = x_TH.shape[0], arch.group_size
-        if layer.qkv_bias is None:
-            fused = torch.mm(x_TH, layer.qkv.t())
-        else:
-            fused = torch.addmm(layer.qkv_bias, x_TH, layer.qkv.t())
-        heads = fused.view(tokens, arch.num_kv_heads, group + 2, arch.head_dim)
+        heads = layer.qkv(x_TH).view(tokens, arch.num_kv_heads, group + 2, arch.head_dim)
         v_TGD = heads[:, :, group + 1]
         rotated = self.ops.rotary(
             heads[:, :, : group + 1].reshape(tokens, -1, arch.head_dim), cos_TE, sin_TE
         ).view(tokens, arch.num_kv_heads, group + 1, arch.head_dim)
         q_TQD = rotated[:, :, :group].reshape(tokens, arch.num_q_heads, arch.head_dim)
         out_TQD = attention.run(index, q_TQD, rotated[:, :, group], v_TGD, kv)
-        return torch.mm(out_TQD.view(tokens, -1), layer.o)
+        return layer.o(out_TQD.view(tokens, -1))
 
     def _mlp(self, layer: _Layer, x_TH: torch.Tensor) -> torch.Tensor:
-        gate_up = torch.mm(x_TH, layer.gate_up.t())
-        blocks = gate_up.view(x_TH.shape[0], self._blocks, 2, -1)
-        return torch.mm(self.ops.silu_mul(blocks), layer.down)
+        blocks = layer.gate_up(x_TH).view(x_TH.shape[0], self._blocks, 2, -1)
+        return layer.down(self.ops.silu_mul(blocks))
 
 
 def rope_tables(
@@ -208,12 +203,11 @@ def _layer_views(views: dict[str, torch.Tensor], index: int) -> _Layer:
     bias = views.get(f"layers.{index}.qkv_bias")
     return _Layer(
         input_norm=view("input_norm"),
-        qkv=view("qkv").flatten(0, 1),
-        qkv_bias=None if bias is None else bias.flatten(),
-        o=view("o"),
+        qkv=DenseLinear(view("qkv").flatten(0, 1), None if bias is None else bias.flatten()),
+        o=DenseLinear(view("o"), transposed=True),
         post_norm=view("post_norm"),
-        gate_up=view("gate_up").flatten(0, 2),
-        down=view("down"),
+        gate_up=DenseLinear(view("gate_up").flatten(0, 2)),
+        down=DenseLinear(view("down"), transposed=True),
     )
 
 

@@ -1,0 +1,33 @@
+"""Matrix products with weights of an image: the seam for quantized formats.
+
+Shape legend: T tokens, I inputs, O outputs.
+"""
+
+from typing import Protocol
+
+import torch
+
+
+class Linear(Protocol):
+    """x [T, I] -> [T, O], in x's dtype. Stateless: views over the image."""
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor: ...
+
+
+class DenseLinear:
+    """A weight in the model's dtype, stored [O, I], or [I, O] where `transposed`."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias_O: torch.Tensor | None = None,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        self.weight_IO = weight if transposed else weight.t()
+        self.bias_O = bias_O
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        if self.bias_O is None:
+            return torch.mm(x_TI, self.weight_IO)
+        return torch.addmm(self.bias_O, x_TI, self.weight_IO)
