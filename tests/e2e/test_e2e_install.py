@@ -1,4 +1,4 @@
-"""`pip install .` gives a working `weft`: the wheel has all of it, and nothing reaches back here."""
+"""`pip install .` gives a working `weft`: the wheel has all of it; nothing reaches back here."""
 
 import os
 import subprocess
