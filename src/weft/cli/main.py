@@ -166,7 +166,7 @@ def config_schema() -> None:
     """
     import json
 
-    from weft.config.pool_config import json_schema
+    from weft.config.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
 

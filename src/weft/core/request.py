@@ -64,6 +64,21 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request gets that does not say; null leaves the server's own default."""
+
+    temperature: float | None = None
+    """0 is greedy. The server's own default: 1."""
+    top_p: float | None = None
+    """Keep the most probable tokens up to this share. The server's own default: 1, all."""
+    top_k: int | None = None
+    """Keep this many most probable tokens. The server's own default: 0, all."""
+    min_p: float | None = None
+    """Leave out tokens less probable than this times the best. The server's own default: 0."""
+    max_tokens: int | None = None
+    """Longest output. The server's own default: 16 for completions, the context for chats."""
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural logarithms of probabilities at one position."""
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from weft.config.pool_config import PoolConfig, parse_bytes
+from weft.config.pool_config import PoolConfig
+from weft.config.values import parse_bytes
 from weft.core.errors import WeftError
 from weft.hub.base import ModelCard
 from weft.hub.hub import PoolHub
