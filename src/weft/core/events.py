@@ -50,7 +50,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Iterations of a Run that have ended. `last` ends the action.
 
     tokens[i][j] is the token drawn by row j in the i-th iteration of this report; rows that do not
-    sample have -1.
+    sample have -1, and so has one whose grammar has come to its end (its output is complete).
     """
 
     action: ActionId
@@ -65,6 +65,9 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Per row, for its `targets`; empty where no row has any."""
     embeddings: tuple[bytes | None, ...] = ()
     """Per row, little-endian float32; empty where no row asked for any."""
+    errors: tuple[str | None, ...] = ()
+    """Per row, "code: message" (as `Emit.error`) where its request must end: a grammar that cannot
+    be used, say. Empty where none has one."""
 
 
 class CopyDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -104,7 +104,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     """Report the log probability of every prompt token but the first, as `Sampling.logprobs`."""
     embed: Pooling | None = None
-    """No token is drawn (max_tokens is 0): the answer is one vector."""
+    """No token is drawn (max_tokens is 0): the answer is one vector. max_tokens may be 0 with
+    `prompt_logprobs` too."""
     priority: int = 0
     """Lower runs earlier."""
     tenant: str = ""
@@ -115,6 +116,17 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """If the request has not begun by then it fails with 503."""
     reruns: int = 0
     """How often a worker died while this request was on it."""
+
+    @property
+    def prefill_only(self) -> bool:
+        """Over when the prompt is computed: nothing is drawn."""
+        return self.max_tokens == 0
+
+    @property
+    def whole_prompt(self) -> bool:
+        """Something is reported of every prompt position, so each is computed for this request:
+        KV that was found or outlived a worker does not do."""
+        return self.prompt_logprobs is not None or self.embed is not None
 
 
 class Extent(msgspec.Struct, frozen=True, order=True):

@@ -22,6 +22,8 @@ class ImageRef(msgspec.Struct, frozen=True, kw_only=True):
     """Content address; models with equal keys share the host bytes."""
     offset: int
     num_bytes: int
+    tokenizer: str | None = None
+    """Path of the model's tokenizer.json, for grammars; read when the first one comes."""
 
 
 class Executor(Protocol):

@@ -147,6 +147,8 @@ def _check_row(row: Row, repeat: int, model: BoundModel, unit: UnitSpec) -> None
             raise ValueError(f"{who}: page table entries beyond {max_pages}")
         if not 0 <= min(row.append_pages) <= max(row.append_pages) < model.kv.pages.shape[0]:
             raise ValueError(f"{who}: a page id is outside 0 .. {model.kv.pages.shape[0] - 1}")
+    if row.targets or row.embed is not None:
+        raise ValueError(f"{who}: scores of prompts and embeddings are not computed yet")
     if row.adapter is not None:
         raise ValueError(f"{who}: adapters are not supported yet")
 

@@ -19,7 +19,7 @@ from weft.core.actions import Emit, KvGone, KvParked, Status
 from weft.core.errors import ReplyError
 from weft.core.events import Assign, Cancel, Submit, Unassign, UnitEvent
 from weft.core.ids import ModelName, RequestId
-from weft.core.request import Request
+from weft.core.request import Request, TokenLogprobs
 from weft.core.unit import UnitStatus
 from weft.hub.base import (
     Chunk,
@@ -80,12 +80,19 @@ class _Stream(AsyncIterator[Chunk]):
 
     def __init__(self) -> None:
         self._tokens: deque[int] = deque()
+        self._logprobs: deque[TokenLogprobs] = deque()
+        """One for each of `_tokens`, or none at all."""
+        self._first: Chunk | None = None
+        """What was said of the prompt, until the first chunk takes it along."""
         self._end: Chunk | None = None
         self._came = asyncio.Event()
         self._ended = False
 
     def put(self, chunk: Chunk) -> None:
         self._tokens.extend(chunk.tokens)
+        self._logprobs.extend(chunk.logprobs)
+        if chunk.prompt_logprobs or chunk.cached_tokens is not None:
+            self._first = chunk
         if chunk.finish is not None:
             self._end = chunk
         self._came.set()
@@ -98,10 +105,20 @@ class _Stream(AsyncIterator[Chunk]):
             await self._came.wait()
         count = min(len(self._tokens), MAX_TOKENS_A_CHUNK)
         tokens = tuple(self._tokens.popleft() for _ in range(count))
-        if self._tokens or self._end is None:
-            return Chunk(tokens=tokens)
-        self._ended = True
-        return msgspec.structs.replace(self._end, tokens=tokens)
+        logprobs = tuple(self._logprobs.popleft() for _ in range(min(count, len(self._logprobs))))
+        first, self._first = self._first or Chunk(), None
+        end = Chunk()
+        if not self._tokens and self._end is not None:
+            self._ended, end = True, self._end
+        return Chunk(
+            tokens=tokens,
+            finish=end.finish,
+            error=end.error,
+            logprobs=logprobs,
+            prompt_logprobs=first.prompt_logprobs,
+            embedding=end.embedding,
+            cached_tokens=first.cached_tokens,
+        )
 
 
 @dataclass(slots=True)
@@ -158,6 +175,8 @@ class PoolHub:
             ignore_eos=new.ignore_eos,
             priority=new.priority,
             tenant=new.tenant,
+            prompt_logprobs=new.prompt_logprobs,
+            embed=new.embed,
             arrival_ns=now_ns,
             hold_deadline_ns=now_ns + self._hold_ns,
         )
@@ -351,7 +370,17 @@ class PoolHub:
         stream = self._streams.get(reply.request)
         if stream is None:
             return
-        stream.put(Chunk(tokens=reply.tokens, finish=reply.finish, error=reply.error))
+        stream.put(
+            Chunk(
+                tokens=reply.tokens,
+                finish=reply.finish,
+                error=reply.error,
+                logprobs=reply.logprobs,
+                prompt_logprobs=reply.prompt_logprobs,
+                embedding=reply.embedding,
+                cached_tokens=reply.cached_tokens,
+            )
+        )
         if reply.finish is not None:
             del self._streams[reply.request]
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
+
 from weft.config.pool_config import PoolConfig
 from weft.config.values import parse_bytes
 from weft.core.errors import WeftError
@@ -182,7 +184,8 @@ def _report(building: "asyncio.Task[None]", refuse: Callable[[str], None]) -> No
 def _add_models(hub: PoolHub, plan: StorePlan) -> None:
     now_s = int(time.time())
     for model in plan.models:
-        bind = BindModel(model=model.spec, arch=model.arch, image=model.image)
+        image = msgspec.structs.replace(model.image, tokenizer=str(model.path / "tokenizer.json"))
+        bind = BindModel(model=model.spec, arch=model.arch, image=image)
         hub.add_model(_card(model, now_s), bind)
     for failed in plan.failed:
         log.error("model=%s failed: %s", failed.config.name, failed.reason)

@@ -10,7 +10,7 @@ import msgspec
 from weft.core.errors import ReplyError
 from weft.core.ids import ModelName, RequestId
 from weft.core.model import ModelSpec
-from weft.core.request import FinishReason, ParkedKv, Request
+from weft.core.request import FinishReason, ParkedKv, Request, TokenLogprobs
 
 
 class _ToUnit(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +51,11 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tokens: tuple[int, ...] = ()
     finish: FinishReason | None = None
     error: ReplyError | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    embedding: tuple[bytes, ...] = ()
+    cached_tokens: int | None = None
+    """These four as in `core.actions.Emit`."""
 
 
 class Reject(msgspec.Struct, frozen=True, kw_only=True, tag=True):

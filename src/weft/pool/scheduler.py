@@ -26,6 +26,8 @@ unit as long as that is being restarted; one that is placed elsewhere begins aga
 
 from collections.abc import Sequence
 
+import msgspec
+
 from weft.core.actions import Emit
 from weft.core.errors import (
     CONTEXT_LENGTH,
@@ -202,21 +204,22 @@ class PoolScheduler:
             record.emitted.extend(emit.tokens)
         if emit.finish is not None:
             error = parse_error(emit.error) if emit.finish == "error" else None
-            self._finish(record, tokens=emit.tokens, finish=emit.finish, error=error)
+            self._finish(record, finish=emit.finish, error=error, emit=emit)
         elif not record.gone:
-            self._out.append(Reply(request=record.id, tokens=emit.tokens))
+            self._out.append(_reply(emit))
 
     def _finish(
         self,
         record: Record,
         *,
         finish: FinishReason,
-        tokens: tuple[int, ...] = (),
         error: ReplyError | None = None,
+        emit: Emit | None = None,
     ) -> None:
         """The request's one end. A client that left has had its last reply already."""
         if not record.gone:
-            self._out.append(Reply(request=record.id, tokens=tokens, finish=finish, error=error))
+            last = Reply(request=record.id) if emit is None else _reply(emit)
+            self._out.append(msgspec.structs.replace(last, finish=finish, error=error))
         if record.unit is not None:
             self.units[record.unit].unplace(record.id, record.tokens)
         self._held.pop(record.id, None)
@@ -311,7 +314,7 @@ class PoolScheduler:
             model = record.request.model
             if model in self._failed:
                 self._fail(record, MODEL_FAILED, self._failed[model])
-            elif len(record.emitted) >= record.request.max_tokens:
+            elif record.emitted and len(record.emitted) >= record.request.max_tokens:
                 self._finish(record, finish="length")  # its last token came, its end did not
             elif (unit := self._unit_for(record)) is not None:
                 self._place(record, unit)
@@ -385,11 +388,25 @@ class PoolScheduler:
             self._out.append(WakeAt(at_ns=wake_ns))
 
 
+def _reply(emit: Emit) -> Reply:
+    """What a unit says of a request, for its client; the end is the scheduler's to say."""
+    return Reply(
+        request=emit.request,
+        tokens=emit.tokens,
+        logprobs=emit.logprobs,
+        prompt_logprobs=emit.prompt_logprobs,
+        embedding=emit.embedding,
+        cached_tokens=emit.cached_tokens,
+    )
+
+
 def _shape_error(request: Request, spec: ModelSpec) -> ReplyError | None:
     """Bounds that no unit could serve."""
     length = len(request.prompt) + request.max_tokens
-    if not request.prompt or request.max_tokens < 1:
+    if not request.prompt or request.max_tokens < (not request.whole_prompt):
         message = "a request needs a prompt and max_tokens of at least one token"
+    elif request.embed is not None and request.max_tokens:
+        message = "an embedding draws no tokens: max_tokens must be 0"
     elif min(request.prompt) < 0 or max(request.prompt) >= spec.vocab_size:
         message = f"prompt ids of {spec.name!r} lie in 0 .. {spec.vocab_size - 1}"
     elif length > spec.max_context_tokens:

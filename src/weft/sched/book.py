@@ -20,7 +20,7 @@ from weft.core.actions import (
 )
 from weft.core.ids import ActionId, ModelName, PageId, RequestId, SlotId
 from weft.core.model import ModelSpec
-from weft.core.request import FinishReason, ParkedKv, Request
+from weft.core.request import FinishReason, ParkedKv, Request, TokenLogprobs
 from weft.core.unit import UnitSpec
 from weft.ledger.hazards import Resource
 from weft.ledger.ledger import Ledger, ModelMemory
@@ -61,6 +61,13 @@ class RequestState:
     fails: int = 0
     park_fails: int = 0
     resume_fails: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of positions 1 .. of the prompt as far as they are computed; empty once they were sent."""
+    embedding: list[bytes] = field(default_factory=list)
+    """Parts of it, in order; their sum counts."""
+    _prompt_ids: tuple[int, ...] | None = None
+    spoke: bool = False
+    """It had its first Emit, here or in an earlier incarnation."""
 
     @property
     def id(self) -> RequestId:
@@ -81,6 +88,26 @@ class RequestState:
         return self.request.max_tokens - len(self.emitted) - self.draws_in_flight
 
     @property
+    def wants_steps(self) -> bool:
+        """There is something to plan: a token to draw, or a prompt of which nothing is drawn."""
+        if self.request.prefill_only:
+            return self.planned < self.length
+        return self.draws_left > 0
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """For a repetition penalty: what the prompt has, once each."""
+        if self._prompt_ids is None:
+            wanted = self.request.sampling.repetition_penalty != 1.0
+            self._prompt_ids = tuple(sorted({*self.request.prompt})) if wanted else ()
+        return self._prompt_ids
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Log probabilities of the prompt are still due."""
+        return self.request.prompt_logprobs is not None and not self.spoke
+
+    @property
     def idle(self) -> bool:
         return not self.runs_in_flight and not self.copying
 
@@ -92,6 +119,14 @@ class RequestState:
         head = prompt[start:] if start < len(prompt) else ()
         offset = len(prompt)
         return head + tuple(self.emitted[max(start - offset, 0) : stop - offset])
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a report of a step brought for one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
@@ -200,14 +235,38 @@ class Book:
         state: RequestState,
         reason: FinishReason,
         *,
-        tokens: tuple[int, ...] = (),
+        answer: Answer | None = None,
         error: str | None = None,
     ) -> None:
         """Tell the client now; memory follows when the request is idle (`reap`)."""
         assert state.phase != "finished"
         state.phase = "finished"
         del self.models[state.request.model].members[state.id]
-        self.notices.append(Emit(request=state.id, tokens=tokens, finish=reason, error=error))
+        self.emit(state, answer or Answer(), finish=reason, error=error)
+
+    def emit(
+        self,
+        state: RequestState,
+        answer: Answer,
+        *,
+        finish: FinishReason | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Tokens for the client; the first time, with what was computed of the prompt."""
+        whole = finish in (None, "stop", "length")
+        self.notices.append(
+            Emit(
+                request=state.id,
+                tokens=tuple(answer.tokens),
+                finish=finish,
+                error=error,
+                logprobs=tuple(answer.logprobs),
+                prompt_logprobs=tuple(state.prompt_logprobs) if whole else (),
+                embedding=tuple(state.embedding) if whole else (),
+            )
+        )
+        state.spoke = True
+        state.prompt_logprobs = []
 
     def forget_parked(self, state: RequestState) -> None:
         """The host copy is no longer wanted and nothing uses it."""
@@ -235,6 +294,7 @@ class Book:
         self.release_device(state)
         self.forget_parked(state)
         state.planned = state.computed = 0
+        state.prompt_logprobs, state.embedding = [], []
         state.phase = "queued"
 
     def reap(self) -> None:

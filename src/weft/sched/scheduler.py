@@ -218,13 +218,14 @@ class UnitScheduler:
         self._book.requests[request.id] = state
         entry.members[request.id] = state
         if event.emitted:
-            state.began = True
-        if len(state.emitted) >= request.max_tokens:
+            state.began = state.spoke = True
+        if event.emitted and len(state.emitted) >= request.max_tokens:
             # Everything was sent already; only the end got lost with the worker.
             self._book.finish(state, "length")
             return
         if event.resume is not None:
-            if event.resume.tokens and self._book.ledger.extents.reserve(event.resume.extents):
+            usable = event.resume.tokens and not (request.whole_prompt and not state.spoke)
+            if usable and self._book.ledger.extents.reserve(event.resume.extents):
                 state.parked, state.phase = event.resume, "parked"
                 state.computed = state.planned = min(event.resume.tokens, state.known - 1)
                 state.began = True

@@ -6,19 +6,41 @@ because only its end says where its rows stand.
 """
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
-from weft.core.actions import Emit, Interrupt, Row, Run, StepPlan
+from weft.core.actions import Interrupt, Row, Run, StepPlan
 from weft.core.errors import REQUEST_FAILED
 from weft.core.events import Failed, StepDone
 from weft.core.ids import ActionId, ModelName
+from weft.core.request import Pooling, Request, TokenLogprobs
 from weft.ledger.hazards import Resource
 from weft.policy.presets import Preset
-from weft.sched.book import Book, ModelEntry, RequestState, StepInFlight, waiting_view
+from weft.sched.book import (
+    Answer,
+    Book,
+    ModelEntry,
+    RequestState,
+    StepInFlight,
+    waiting_view,
+)
 from weft.sched.moves import Mover
 
 MAX_RUN_FAILS = 3
 """A request whose runs failed this often, the last time alone, fails. From MAX_RUN_FAILS - 1 on
 it runs alone, so that it takes nobody with it."""
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """A row's part of one iteration."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+def _pooled(request: Request, stop: int) -> Pooling | None:
+    """What a row that ends before `stop` reports for an embedding."""
+    return None if request.embed == "last" and stop < len(request.prompt) else request.embed
 
 
 class Stepper:
@@ -44,7 +66,7 @@ class Stepper:
         """
         planned = False
         keep = None if over else {entry.spec.name, upcoming or entry.spec.name}
-        while self.runnable(entry) and self._has_credit():
+        while self.runnable(entry) and self._has_credit(entry):
             rows, states, repeat, needy = self._build(entry, keep)
             entry.starving = needy is not None and not over
             if needy is not None and not over:
@@ -65,9 +87,17 @@ class Stepper:
             self._mover.extend(entry, needy, missing, {entry.spec.name})
         self._mover.shed(entry, needy, spare=planned)
 
-    def _has_credit(self) -> bool:
+    def _has_credit(self, entry: ModelEntry) -> bool:
+        """Stepwise rows need their last token on the host, so beside one the lane has one step in
+        flight, and nothing is repeated: overlap is lost, batches stay whole."""
         steps = self._book.steps.values()
-        return len(steps) < self._book.unit.depth and all(s.run.plan.repeat == 1 for s in steps)
+        depth = 1 if self._stepwise(entry) else self._book.unit.depth
+        return len(steps) < depth and all(s.run.plan.repeat == 1 for s in steps)
+
+    def _stepwise(self, entry: ModelEntry) -> bool:
+        return any(
+            s.request.sampling.stepwise for s in entry.members.values() if s.phase == "running"
+        )
 
     def _candidates(self, entry: ModelEntry) -> list[RequestState]:
         ready: list[RequestState] = []
@@ -78,7 +108,7 @@ class Stepper:
             if lost and not lost.isdisjoint(state.pages):
                 continue
             self._book.rewind(state)
-            if not state.dirty and state.draws_left > 0:
+            if not state.dirty and state.wants_steps:
                 ready.append(state)
         suspects = [s for s in ready if s.fails >= MAX_RUN_FAILS - 1]
         return suspects[:1] or ready
@@ -125,6 +155,8 @@ class Stepper:
         """How many steps the answer could not change without an outside event."""
         if not decode or len(decode) != len(ready) or len(ready) != len(entry.members):
             return 1
+        if self._stepwise(entry):
+            return 1
         if len(decode) > self._book.unit.max_step_tokens:
             return 1
         k = min(self._book.unit.max_repeat, *(s.draws_left for s in decode))
@@ -135,10 +167,12 @@ class Stepper:
     def _row(self, state: RequestState, num_tokens: int) -> Row:
         request = state.request
         start, stop = state.planned, state.planned + num_tokens
-        samples = stop == state.length
+        samples = stop == state.length and not request.prefill_only
+        stepwise = samples and request.sampling.stepwise
         output_index = len(state.emitted) + state.draws_in_flight
         from_device = num_tokens == 1 and state.last_on_device
         assert state.slot is not None
+        assert not (stepwise and state.draws_in_flight), "a stepwise row with a draw in flight"
         return Row(
             request=state.id,
             slot=state.slot,
@@ -152,6 +186,11 @@ class Stepper:
             first_page=state.pages_sent,
             append_pages=tuple(state.pages[state.pages_sent :]),
             adapter=request.adapter,
+            outputs=tuple(state.emitted) if stepwise else (),
+            prompt_ids=state.prompt_ids if stepwise else (),
+            targets=request.prompt[start + 1 : stop + 1] if state.scores_prompt else (),
+            target_logprobs=request.prompt_logprobs or 0,
+            embed=_pooled(request, stop),
         )
 
     def _launch(
@@ -196,24 +235,38 @@ class Stepper:
         """Apply the iterations of a report; the last one settles where the rows stand."""
         step = self._book.steps[event.action]
         assert event.iterations == len(event.tokens)
-        emits: dict[int, list[int]] = {}
-        for tokens in event.tokens:
-            for index, (row, state, token) in enumerate(
-                zip(step.run.plan.rows, step.states, tokens, strict=True)
-            ):
-                self._apply(state, row, step.seen, token, emits.setdefault(index, []))
+        answers = [Answer() for _ in step.states]
+        self._note_prompts(step, event)
+        for i, tokens in enumerate(event.tokens):
+            logprobs = event.logprobs[i] if event.logprobs else [None] * len(tokens)
+            for index, row in enumerate(step.run.plan.rows):
+                drawn = _Drawn(tokens[index], logprobs[index])
+                self._apply(step.states[index], row, step.seen, drawn, answers[index])
             step.seen += 1
-        for index, tokens_out in emits.items():
-            state = step.states[index]
-            if tokens_out and state.phase != "finished":
-                self._book.notices.append(Emit(request=state.id, tokens=tuple(tokens_out)))
+        for state, answer in zip(step.states, answers, strict=True):
+            if answer.tokens and state.phase != "finished":
+                self._book.emit(state, answer)
         if event.last:
             self._settle(event.action, step)
             for state in step.states:
                 state.fails = 0
 
+    def _note_prompts(self, step: StepInFlight, event: StepDone) -> None:
+        """What the step says of prompts, and rows that cannot go on."""
+        for index, (row, state) in enumerate(zip(step.run.plan.rows, step.states, strict=True)):
+            if state.phase == "finished":
+                continue
+            if event.errors and (error := event.errors[index]) is not None:
+                self._book.finish(state, "error", error=error)
+                continue
+            if row.targets and state.scores_prompt:
+                known = len(state.prompt_logprobs) - row.start
+                state.prompt_logprobs += event.prompt_logprobs[index][known:]
+            if row.embed is not None and (part := event.embeddings[index]) is not None:
+                state.embedding.append(part)
+
     def _apply(
-        self, state: RequestState, row: Row, iteration: int, token: int, emit: list[int]
+        self, state: RequestState, row: Row, iteration: int, drawn: _Drawn, answer: Answer
     ) -> None:
         """One row of one iteration. Rows of requests that are over are void."""
         if row.sample is not None:
@@ -226,18 +279,24 @@ class Stepper:
         state.computed = stop
         prompt = len(state.request.prompt)
         entry.prompt_tokens += max(min(stop, prompt) - min(computed_before, prompt), 0)
+        if state.request.prefill_only and stop == prompt:
+            entry.draws += 1  # its turn was of use
+            self._book.finish(state, "stop" if state.request.embed else "length")
         if row.sample is None:
             return
         entry.draws += 1
         output_index = len(state.emitted)
-        if token in state.stop_ids and output_index >= state.request.min_tokens:
-            self._book.finish(state, "stop", tokens=tuple(emit))
+        stops = drawn.token in state.stop_ids and output_index >= state.request.min_tokens
+        if stops or drawn.token < 0:
+            self._book.finish(state, "stop", answer=answer)
             return
-        state.emitted.append(token)
-        emit.append(token)
+        state.emitted.append(drawn.token)
+        answer.tokens.append(drawn.token)
+        if drawn.logprobs is not None:
+            answer.logprobs.append(drawn.logprobs)
         entry.output_tokens += 1
         if len(state.emitted) >= state.request.max_tokens:
-            self._book.finish(state, "length", tokens=tuple(emit))
+            self._book.finish(state, "length", answer=answer)
 
     def _settle(self, action: ActionId, step: StepInFlight) -> None:
         """The run has ended: take back what it did not do."""

@@ -10,14 +10,25 @@ allows: a step that failed may have written its positions, a copy may be half do
 import heapq
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from weft.core.actions import CopyKv, Drop, Interrupt, Load, MapKv, Run, UnitAction, UnmapKv
+from weft.core.actions import (
+    CopyKv,
+    Drop,
+    Interrupt,
+    Load,
+    MapKv,
+    Row,
+    Run,
+    UnitAction,
+    UnmapKv,
+)
+from weft.core.errors import INVALID_REQUEST
 from weft.core.events import CopyDone, Done, Failed, StepDone, UnitEvent
 from weft.core.ids import ActionId, ModelName
 from weft.core.model import ModelSpec
-from weft.core.request import Sampling
+from weft.core.request import Grammar, Pooling, Sampling, TokenLogprobs
 from weft.core.unit import UnitSpec
 from weft.cost.model import CostModel
 
@@ -25,6 +36,9 @@ Cell = tuple[int, int, int]
 """(request, position, hash of the ids at positions 0..position)."""
 
 MASK = (1 << 64) - 1
+BAD_GRAMMAR = Grammar(kind="lark", text="no grammar")
+"""The modelled engine cannot use this one."""
+BAD_GRAMMAR_ERROR = f"{INVALID_REQUEST}: the grammar cannot be used"
 
 
 def mix(state: int, value: int) -> int:
@@ -35,11 +49,46 @@ def mix(state: int, value: int) -> int:
     return z ^ (z >> 31)
 
 
-def draw(context: int, sampling: Sampling, output_index: int, vocab_size: int) -> int:
-    """The modelled model's next token: a function of all ids before it, and of seed and output
-    position where it is sampled."""
-    noise = 0 if sampling.greedy else mix(sampling.seed, output_index)
-    return mix(context, noise) % vocab_size
+def draw(
+    context: int,
+    sampling: Sampling,
+    vocab_size: int,
+    outputs: Sequence[int] = (),
+    prompt_ids: Sequence[int] = (),
+    output_index: int | None = None,
+) -> int:
+    """The modelled model's next token: a function of all ids before it, of seed and output
+    position where it is sampled, and of what stepwise rows carry. Grammars end now and then."""
+    index = len(outputs) if output_index is None else output_index
+    noise = 0 if sampling.greedy else mix(sampling.seed, index)
+    if sampling.stepwise:
+        for token in (*outputs, vocab_size, *prompt_ids):
+            noise = mix(noise, token)
+    drawn = mix(context, noise)
+    if sampling.grammar is not None and drawn % 9 == 0:
+        return -1
+    return drawn % vocab_size
+
+
+def score(context: int, token: int, top: int) -> TokenLogprobs:
+    """Log probabilities of the modelled model after `context`."""
+    best = tuple((mix(context, rank) % 1000, -float(rank)) for rank in range(top))
+    return TokenLogprobs(token, -float(mix(context, token) % 1000), best)
+
+
+def contexts_of(ids: Iterable[int], context: int = 0) -> list[int]:
+    """The hash at every position."""
+    out: list[int] = []
+    for token in ids:
+        context = mix(context, token)
+        out.append(context)
+    return out
+
+
+def embedding_of(contexts: Sequence[int], pooling: Pooling) -> bytes:
+    """Not a vector but a statement of which positions were pooled."""
+    chosen = contexts[-1:] if pooling == "last" else contexts
+    return b"".join(context.to_bytes(8, "little") for context in chosen)
 
 
 def expected_stream(
@@ -52,17 +101,23 @@ def expected_stream(
     vocab_size: int,
 ) -> list[int]:
     """The plain run: what a request must get whatever else happens."""
-    context = 0
-    for token in prompt:
-        context = mix(context, token)
+    prompt = tuple(prompt)
+    context = contexts_of(prompt)[-1]
+    prompt_ids = sorted({*prompt}) if sampling.repetition_penalty != 1.0 else ()
     out: list[int] = []
     while len(out) < max_tokens:
-        token = draw(context, sampling, len(out), vocab_size)
-        if token in stop_ids and len(out) >= min_tokens:
+        token = draw(context, sampling, vocab_size, out, prompt_ids)
+        if token < 0 or (token in stop_ids and len(out) >= min_tokens):
             break
         out.append(token)
         context = mix(context, token)
     return out
+
+
+def _errors(run: Run) -> tuple[str | None, ...]:
+    """Rows whose grammar cannot be used."""
+    bad = [r.sample is not None and r.sample.grammar == BAD_GRAMMAR for r in run.plan.rows]
+    return tuple(BAD_GRAMMAR_ERROR if b else None for b in bad) if any(bad) else ()
 
 
 @dataclass(eq=False, slots=True)
@@ -315,28 +370,54 @@ class ModelledExecutor:
             return True
         assert self._weights.get(run.plan.model), f"{run.plan.model} is not on the device"
         tokens: list[int] = []
+        logprobs: list[TokenLogprobs | None] = []
+        scores: list[tuple[TokenLogprobs, ...]] = []
+        embeddings: list[bytes | None] = []
         stopped = False
         for row in run.plan.rows:
             ids = row.input if index == 0 else None
             inputs = list(ids) if ids is not None else [self._last[row.slot]]
             assert len(inputs) == row.num_tokens, "a row's input has another length"
-            context = self._write_kv(run, row.request, row.slot, row.start + index, inputs)
+            contexts = self._write_kv(run, row.request, row.slot, row.start + index, inputs)
+            targets = zip(row.targets, contexts, strict=False)
+            scores.append(tuple(score(c, t, row.target_logprobs) for t, c in targets))
+            embeddings.append(None if row.embed is None else embedding_of(contexts, row.embed))
             if row.sample is None:
                 tokens.append(-1)
+                logprobs.append(None)
                 continue
-            vocab = self._models[run.plan.model].vocab_size
-            token = draw(context, row.sample, row.output_index + index, vocab)
+            token = self._draw(run, row, contexts[-1], index)
             self._last[row.slot] = token
             tokens.append(token)
+            top = row.sample.logprobs
+            logprobs.append(None if top is None else score(contexts[-1], token, top))
             stopped |= token in row.stop_ids and index >= row.min_remaining
         active.iterations += 1
         last = active.iterations == run.plan.repeat or active.interrupted or stopped
-        event = StepDone(action=run.id, iterations=1, last=last, tokens=(tuple(tokens),))
+        event = StepDone(
+            action=run.id,
+            iterations=1,
+            last=last,
+            tokens=(tuple(tokens),),
+            logprobs=(tuple(logprobs),) if any(logprobs) else (),
+            prompt_logprobs=tuple(scores) if any(scores) else (),
+            embeddings=tuple(embeddings) if any(embeddings) else (),
+            errors=_errors(run),
+        )
         if last:
             self._finish(run, event)
         else:
             self._out.append(event)
         return last
+
+    def _draw(self, run: Run, row: Row, context: int, index: int) -> int:
+        assert row.sample is not None
+        if row.sample.stepwise:
+            assert run.plan.repeat == 1, "a stepwise row is repeated"
+            assert len(row.outputs) == row.output_index, "a stepwise row lacks outputs"
+        vocab = self._models[run.plan.model].vocab_size
+        at = row.output_index + index
+        return draw(context, row.sample, vocab, row.outputs, row.prompt_ids, at)
 
     def _cells(self, model: ModelName, page: int) -> list[Cell | None]:
         spec = self._models[model]
@@ -346,7 +427,8 @@ class ModelledExecutor:
         assert mapped.issuperset(range(first, last + 1)), f"{model}: page {page} is not mapped"
         return self._kv.setdefault((model, page), [None] * spec.page_tokens)
 
-    def _write_kv(self, run: Run, request: int, slot: int, start: int, ids: list[int]) -> int:
+    def _write_kv(self, run: Run, request: int, slot: int, start: int, ids: list[int]) -> list[int]:
+        """Returns the hash at each of the positions."""
         model = run.plan.model
         size = self._models[model].page_tokens
         table = self._tables[slot]
@@ -354,11 +436,11 @@ class ModelledExecutor:
         if start:
             context = self._read_cell(model, table, request, start - 1)[2]
             self._read_cell(model, table, request, self._rng.randrange(start))
-        for position, token in enumerate(ids, start):
-            context = mix(context, token)
+        contexts = contexts_of(ids, context)
+        for position, context in enumerate(contexts, start):
             cells = self._cells(model, table[position // size])
             cells[position % size] = (request, position, context)
-        return context
+        return contexts
 
     def _read_cell(self, model: ModelName, table: list[int], request: int, position: int) -> Cell:
         size = self._models[model].page_tokens

@@ -23,12 +23,19 @@ from weft.core.events import (
 )
 from weft.core.ids import ModelName, RequestId
 from weft.core.model import ModelSpec
-from weft.core.request import ParkedKv, Request, Sampling
+from weft.core.request import Grammar, ParkedKv, Request, Sampling, TokenLogprobs
 from weft.core.unit import UnitSpec
 from weft.cost.model import CostModel
 from weft.policy.presets import preset
 from weft.sched.scheduler import UnitScheduler
-from weft.sim.executor import ModelledExecutor, expected_stream
+from weft.sim.executor import (
+    BAD_GRAMMAR,
+    ModelledExecutor,
+    contexts_of,
+    embedding_of,
+    expected_stream,
+    score,
+)
 
 MAX_DECISIONS = 200_000
 KIB = 1024
@@ -55,6 +62,9 @@ class Outcome:
     streams: dict[RequestId, list[int]] = field(default_factory=dict)
     finish: dict[RequestId, str] = field(default_factory=dict)
     errors: dict[RequestId, str] = field(default_factory=dict)
+    logprobs: dict[RequestId, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    embeddings: dict[RequestId, bytes] = field(default_factory=dict)
     first_token_ns: dict[RequestId, int] = field(default_factory=dict)
     switches: int = 0
     decisions: int = 0
@@ -131,6 +141,13 @@ class Body:
                 if tokens:
                     out.first_token_ns.setdefault(request, self.now_ns)
                 out.streams.setdefault(request, []).extend(tokens)
+                out.logprobs.setdefault(request, []).extend(notice.logprobs)
+                if notice.prompt_logprobs:
+                    assert request not in out.prompt_logprobs, "prompt scores came twice"
+                    assert len(out.streams[request]) == len(tokens), "prompt scores came late"
+                    out.prompt_logprobs[request] = notice.prompt_logprobs
+                if notice.embedding:
+                    out.embeddings[request] = b"".join(notice.embedding)
                 if finish is not None:
                     out.finish[request] = finish
                     out.ended_ns = self.now_ns
@@ -167,12 +184,39 @@ def check_outcome(scenario: Scenario, outcome: Outcome) -> None:
         )
         got = outcome.streams.get(request.id, [])
         assert got == want[: len(got)], f"request {request.id}: {got} is not in {want}"
+        _check_scores(request, outcome)
         finish = outcome.finish[request.id]
         if finish in ("stop", "length"):
             assert got == want, f"request {request.id} ended early"
-            assert (finish == "length") == (len(got) == request.max_tokens)
+            over = len(got) == request.max_tokens and request.embed is None
+            assert (finish == "length") == over
         elif finish == "error":
             assert request.id in outcome.errors
+
+
+def _check_scores(request: Request, outcome: Outcome) -> None:
+    """Log probabilities and embeddings: what was asked for came, whole, and for its positions."""
+    contexts = contexts_of((*request.prompt, *outcome.streams.get(request.id, [])))
+    prompt, answered = len(request.prompt), outcome.finish[request.id] in ("stop", "length")
+    sampling = request.sampling
+    logprobs = outcome.logprobs.get(request.id, [])
+    if sampling.grammar == BAD_GRAMMAR and not request.prefill_only:
+        assert not answered and not logprobs, "a grammar that cannot be used drew tokens"
+    if sampling.logprobs is None:
+        assert logprobs == []
+    else:
+        pairs = zip(outcome.streams.get(request.id, []), contexts[prompt - 1 :], strict=False)
+        assert logprobs == [score(c, token, sampling.logprobs) for token, c in pairs]
+    scores = outcome.prompt_logprobs.get(request.id)
+    if request.prompt_logprobs is None or not (answered or outcome.streams.get(request.id)):
+        assert scores is None
+    elif prompt > 1:
+        pairs = zip(request.prompt[1:], contexts, strict=False)
+        assert scores == tuple(score(c, token, request.prompt_logprobs) for token, c in pairs)
+    if request.embed is not None and answered:
+        assert outcome.embeddings[request.id] == embedding_of(contexts, request.embed)
+    else:
+        assert request.id not in outcome.embeddings
 
 
 def run_scenario(scenario: Scenario, *, check: bool = True) -> Outcome:
@@ -265,6 +309,12 @@ def small_scenario(seed: int) -> Scenario:
     return scenario
 
 
+def _random_grammar(rng: random.Random) -> Grammar | None:
+    if rng.random() > 0.15:
+        return None
+    return rng.choice([Grammar(kind="json_object"), Grammar(kind="json_object"), BAD_GRAMMAR])
+
+
 def _random_arrivals(
     rng: random.Random, models: list[ModelSpec], count: int
 ) -> list[tuple[int, UnitEvent]]:
@@ -275,13 +325,23 @@ def _random_arrivals(
         at = rng.randrange(span_ns)
         prompt = tuple(rng.randrange(spec.vocab_size) for _ in range(rng.randint(1, 20)))
         sampled = rng.random() < 0.3
+        kind = rng.random()
         request = Request(
             id=RequestId(i),
             model=spec.name,
             prompt=prompt,
-            max_tokens=rng.randint(1, 16),
+            max_tokens=0 if kind < 0.08 else rng.randint(1, 16),
             min_tokens=rng.choice([0, 0, 3]),
-            sampling=Sampling(temperature=1.0 if sampled else 0.0, seed=rng.randrange(1 << 32)),
+            sampling=Sampling(
+                temperature=1.0 if sampled else 0.0,
+                seed=rng.randrange(1 << 32),
+                logprobs=rng.choice([0, 2]) if rng.random() < 0.2 else None,
+                repetition_penalty=1.3 if rng.random() < 0.1 else 1.0,
+                frequency_penalty=0.5 if rng.random() < 0.1 else 0.0,
+                grammar=_random_grammar(rng),
+            ),
+            prompt_logprobs=rng.choice([0, 2]) if 0.04 <= kind < 0.15 else None,
+            embed=rng.choice(["last", "mean"]) if kind < 0.04 else None,
             stop_ids=(3,) if rng.random() < 0.2 else (),
             ignore_eos=rng.random() < 0.3,
             priority=rng.choice([0, 0, 0, 1]),
