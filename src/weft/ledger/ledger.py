@@ -12,6 +12,7 @@ from weft.core.unit import UnitSpec
 from weft.ledger.extents import ExtentAllocator
 from weft.ledger.hazards import Hazards
 from weft.ledger.kv_space import KvSpace
+from weft.ledger.prefix import HostShelf
 
 WeightState = Literal["absent", "loading", "resident", "dropping"]
 
@@ -48,6 +49,7 @@ class Ledger:
         self.models: dict[ModelName, ModelMemory] = {}
         self.hazards = Hazards()
         self.extents = ExtentAllocator(unit.host_offset, unit.host_bytes, unit.host_chunk_bytes)
+        self.shelf = HostShelf(self.extents)
         self._free_granules: list[GranuleId] = [
             GranuleId(i) for i in range(unit.num_granules - 1, -1, -1)
         ]
@@ -65,6 +67,7 @@ class Ledger:
     def remove_model(self, name: ModelName) -> None:
         memory = self.models[name]
         assert memory.state == "absent" and not memory.kv.granules, "still holds memory"
+        self.shelf.drop_all(memory.kv.index)
         del self.models[name]
 
     # -- granules -------------------------------------------------------------------------------
@@ -111,20 +114,25 @@ class Ledger:
 
     # -- KV -------------------------------------------------------------------------------------
 
-    def plan_growth(self, name: ModelName, pages: int) -> list[int] | None:
-        """Virtual granules to map so that `pages` more become free: [] if none are needed, None
-        if the range or the free granules do not allow it."""
+    def plan_growth(
+        self, name: ModelName, pages: int, *, give_up: bool = False
+    ) -> list[int] | None:
+        """Virtual granules to map so that `pages` more can be taken: [] if none are needed, None
+        if the range or the free granules do not allow it. `give_up`: cached pages may be taken."""
         space = self.models[name].kv
-        missing = pages - space.num_free
+        missing = pages - (space.num_takeable if give_up else space.num_free)
         if missing <= 0:
             return []
+        if not self._free_granules:
+            return None
         at = space.choose_virtual(missing)
         return at if at and len(at) <= len(self._free_granules) else None
 
     def growth_granules(self, name: ModelName, pages: int) -> int | None:
-        """How many granules `pages` more free pages would take; None if the range is too small."""
+        """How many granules it takes so that `pages` can be taken, cached ones among them; None
+        if the range is too small."""
         space = self.models[name].kv
-        missing = pages - space.num_free
+        missing = pages - space.num_takeable
         if missing <= 0:
             return 0
         return len(space.choose_virtual(missing)) or None
@@ -208,4 +216,5 @@ class Ledger:
         assert len(owners) == self.unit.num_granules, "granules lost"
         assert len(self._free_slots) + len(self.slots_taken) == self.unit.num_slots
         self.extents.check_integrity()
+        self.shelf.check_integrity()
         self.hazards.check_integrity()

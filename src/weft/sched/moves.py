@@ -330,7 +330,7 @@ class Mover:
         """Whether all could grow by `tokens` positions from pages that are free already."""
         memory = self._book.memory(entry.spec.name)
         missing = sum(max(memory.pages_for(s.planned + tokens) - len(s.pages), 0) for s in states)
-        return missing <= memory.kv.num_free
+        return missing <= memory.kv.num_takeable
 
     def extend(
         self,

@@ -7,11 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from weft.core.ids import ActionId, GranuleId
+from weft.core.ids import ActionId, GranuleId, PageId
 from weft.core.request import Extent
 from weft.ledger.extents import ALIGN_BYTES, ExtentAllocator, merge
 from weft.ledger.hazards import Hazards
 from weft.ledger.kv_space import KvSpace
+from weft.ledger.prefix import (
+    DIGEST_BYTES,
+    Block,
+    HostShelf,
+    PrefixIndex,
+    next_digest,
+    root_digest,
+)
 
 PAGE = ALIGN_BYTES
 
@@ -99,7 +107,9 @@ class KvSpaceMachine(RuleBasedStateMachine):
         self.granules = itertools.count(0)
         self.maps: list[tuple[int, ...]] = []
         self.unmaps: list[tuple[int, ...]] = []
-        self.broken: list[tuple[int, ...]] = []
+        self.holders: dict[int, int] = {}
+        self.content: dict[int, int] = {}
+        """What the index knows, page by page."""
 
     @rule(pages=st.integers(1, 6))
     def map_more(self, pages: int) -> None:
@@ -119,32 +129,73 @@ class KvSpaceMachine(RuleBasedStateMachine):
         if ok:
             self.space.end_map(at)
             return
+        before = set(self.space.cached)
         self.space.break_map(at)
+        for page in before - self.space.cached.keys():
+            del self.content[page]
         lost = [p for p in self.space.live if set(at).intersection(self.space.span(p))]
-        self.space.give(lost)
+        for page in lost:
+            while page in self.space.live:
+                self.space.give([page])
+            self.holders[page] = 0
+            self.content.pop(page, None)
         assert len(self.space.end_broken(at)) == len(at)
 
-    @precondition(lambda self: self.space.num_free)
+    @precondition(lambda self: self.space.num_takeable)
     @rule(data=st.data())
     def take(self, data: st.DataObject) -> None:
-        count = data.draw(st.integers(1, self.space.num_free))
+        free, cached = self.space.num_free, list(self.space.cached)
+        count = data.draw(st.integers(1, self.space.num_takeable))
         pages = self.space.take(count)
         assert len(set(pages)) == count
         for page in pages:
             assert all(v in self.space.granules for v in self.space.span(page))
+            assert self.holders.get(page, 0) == 0, "a page in use was taken"
+            self.holders[page] = 1
+            self.content.pop(page, None)
+        assert set(pages[free:]) == set(cached[: max(count - free, 0)]), "not the oldest"
+
+    @precondition(lambda self: self.space.live)
+    @rule(data=st.data(), digest=st.integers(0, 9))
+    def enter(self, data: st.DataObject, digest: int) -> None:
+        page = data.draw(st.sampled_from(sorted(self.space.live)))
+        if self.space.index.enter(bytes([digest]), page) is not None:
+            assert page not in self.content and digest not in self.content.values()
+            self.content[page] = digest
+
+    @precondition(lambda self: self.space.index.by_page)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.space.index.blocks)))
+        (block,) = self.space.index.find(iter([digest]))
+        assert block.page is not None and self.content[block.page] == digest[0]
+        self.space.share(block.page)
+        self.holders[block.page] = self.holders.get(block.page, 0) + 1
 
     @precondition(lambda self: self.space.live)
     @rule(data=st.data())
     def give(self, data: st.DataObject) -> None:
         live = sorted(self.space.live)
-        self.space.give(data.draw(st.lists(st.sampled_from(live), unique=True, min_size=1)))
+        pages = data.draw(st.lists(st.sampled_from(live), unique=True, min_size=1))
+        self.space.give(pages)
+        for page in pages:
+            self.holders[page] -= 1
+        newly = [p for p in self.space.cached if p in pages]
+        assert newly == [p for p in reversed(pages) if p in newly], "not the last tokens first"
 
-    @rule()
-    def unmap_empty(self) -> None:
-        at = self.space.empty_granules()
-        if at:
-            self.space.begin_unmap(at)
-            self.unmaps.append(tuple(at))
+    @rule(cached=st.booleans(), most=st.integers(1, 4))
+    def unmap_empty(self, cached: bool, most: int) -> None:
+        at = self.space.empty_granules(cached=cached)[:most]
+        if not at:
+            return
+        before = set(self.space.cached)
+        self.space.begin_unmap(at)
+        self.unmaps.append(tuple(at))
+        gone = before - self.space.cached.keys()
+        assert cached or not gone, "cached pages were given up for nothing"
+        assert all(set(at).intersection(self.space.span(page)) for page in gone)
+        for page in gone:
+            del self.content[page]
 
     @precondition(lambda self: self.unmaps)
     @rule(ok=st.booleans())
@@ -157,14 +208,109 @@ class KvSpaceMachine(RuleBasedStateMachine):
 
     @invariant()
     def sound(self) -> None:
-        if hasattr(self, "space"):
-            self.space.check_integrity()
+        if not hasattr(self, "space"):
+            return
+        self.space.check_integrity()
+        assert self.space.live == {page: n for page, n in self.holders.items() if n}
+        known = {page: block.digest[0] for page, block in self.space.index.by_page.items()}
+        assert known == self.content
+
+
+def whole(extents: tuple[Extent, ...]) -> int:
+    """Bytes of the region that these take."""
+    return -(-sum(e.num_bytes for e in extents) // PAGE) * PAGE
+
+
+class ShelfMachine(RuleBasedStateMachine):
+    """Blocks of two models and parked requests share a region; requests always win."""
+
+    @initialize(pages=st.integers(1, 12))
+    def begin(self, pages: int) -> None:
+        self.extents = ExtentAllocator(0, pages * PAGE, 5 * PAGE)
+        self.shelf = HostShelf(self.extents, max_share=0.5)
+        self.indices = [PrefixIndex(), PrefixIndex()]
+        self.pages = itertools.count(0)
+        self.requests: list[tuple[Extent, ...]] = []
+        self.pinned: list[Block] = []
+        self.coming: list[tuple[Block, tuple[Extent, ...]]] = []
+
+    @rule(index=st.integers(0, 1), digest=st.integers(0, 6), size=st.integers(1, 2))
+    def begin_block(self, index: int, digest: int, size: int) -> None:
+        """A block is computed on the device and its way to the host begins."""
+        page = PageId(next(self.pages))
+        block = self.indices[index].enter(bytes([digest]), page)
+        room = self.shelf.take_for_block(size * PAGE - digest)
+        if block is not None and room is not None:
+            self.coming.append((block, room))
+        elif room is not None:
+            self.shelf.give_untaken(room)
+
+    @precondition(lambda self: self.coming)
+    @rule(ok=st.booleans(), device=st.booleans())
+    def end_block(self, ok: bool, device: bool) -> None:
+        block, room = self.coming.pop()
+        if not device and block.page is not None:
+            block.index.drop_page(block.page)
+        if ok:
+            self.shelf.put(block, room)
+        else:
+            self.shelf.give_untaken(room)
+
+    @rule(num_bytes=st.integers(1, 6 * PAGE))
+    def park(self, num_bytes: int) -> None:
+        stuck = [room for _, room in self.coming] + [b.extents for b in set(self.pinned)]
+        room = self.extents.num_bytes - sum(map(whole, stuck)) - sum(map(whole, self.requests))
+        got = self.shelf.take(num_bytes)
+        assert (got is not None) == (-(-num_bytes // PAGE) * PAGE <= room)
+        if got is not None:
+            self.requests.append(got)
+
+    @precondition(lambda self: self.requests)
+    @rule()
+    def resume(self) -> None:
+        self.extents.give(self.requests.pop())
+
+    @rule(index=st.integers(0, 1), data=st.data())
+    def read(self, index: int, data: st.DataObject) -> None:
+        there = [b for b in self.indices[index].blocks.values() if b.extents]
+        if there:
+            block = data.draw(st.sampled_from(there))
+            block.pins += 1
+            self.shelf.touch(block)
+            self.pinned.append(block)
+
+    @precondition(lambda self: self.pinned)
+    @rule()
+    def end_read(self) -> None:
+        self.pinned.pop().pins -= 1
+
+    @rule(index=st.integers(0, 1))
+    def forget(self, index: int) -> None:
+        if not any(b.index is self.indices[index] for b in self.pinned):
+            self.shelf.drop_all(self.indices[index])
+
+    @invariant()
+    def sound(self) -> None:
+        if not hasattr(self, "shelf"):
+            return
+        self.extents.check_integrity()
+        self.shelf.check_integrity()
+        for index in self.indices:
+            index.check_integrity()
+        assert all(block.extents for block in self.pinned), "given up under a reader"
+        blocks = [b for index in self.indices for b in index.blocks.values() if b.extents]
+        assert len(blocks) == self.shelf.num_blocks
+        assert self.shelf.held_bytes <= self.shelf.max_bytes
+        used = [b.extents for b in blocks] + [room for _, room in self.coming]
+        assert self.shelf.held_bytes == sum(map(whole, used))
 
 
 TestExtents = ExtentMachine.TestCase
 TestExtents.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestKvSpace = KvSpaceMachine.TestCase
 TestKvSpace.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestShelf = ShelfMachine.TestCase
+TestShelf.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
 @settings(max_examples=150, deadline=None)
@@ -220,3 +366,31 @@ def test_an_action_is_planned_once() -> None:
     hazards.plan(ActionId(1), writes=["x"])
     with pytest.raises(ValueError, match="already in flight"):
         hazards.plan(ActionId(1))
+
+
+def test_a_chain_names_tenant_model_adapter_tokens_and_their_places() -> None:
+    roots = [
+        root_digest(*names)
+        for names in [("a", "m", ""), ("b", "m", ""), ("a", "m", "x"), ("am", "", ""), ("a", "m")]
+    ]
+    assert len(set(roots)) == len(roots)
+    one = next_digest(roots[0], (1, 2))
+    others = [
+        next_digest(roots[1], (1, 2)),
+        next_digest(roots[0], (2, 1)),
+        next_digest(one, (1, 2)),
+        next_digest(roots[0], (1, 2, 0)),
+        next_digest(roots[0], (258,)),
+    ]
+    assert one not in others and len(set(others)) == len(others)
+    assert one == next_digest(root_digest("a", "m", ""), [1, 2]) and len(one) == DIGEST_BYTES
+
+
+def test_a_chain_is_found_up_to_its_first_gap() -> None:
+    index = PrefixIndex()
+    chain = [bytes([i]) for i in range(4)]
+    for page, digest in enumerate(chain):
+        index.enter(digest, PageId(page))
+    assert [b.page for b in index.find(iter(chain))] == [0, 1, 2, 3]
+    index.drop_page(PageId(2))
+    assert [b.page for b in index.find(iter(chain))] == [0, 1]
