@@ -13,6 +13,7 @@ from weft.core.ids import ActionId, ModelName
 from weft.core.request import ParkedKv
 from weft.policy.presets import Preset
 from weft.policy.residency.base import ResidentView
+from weft.sched import adapters
 from weft.sched.book import Book, Leaving, ModelEntry, RequestState, waiting_view
 
 MAX_LOAD_FAILS = 3
@@ -76,14 +77,20 @@ class Mover:
             ResidentView(
                 model=name,
                 pinned=entry.spec.pinned,
-                has_work=bool(entry.members),
+                has_work=bool(adapters.users(self._book, entry)),
                 last_used_ns=entry.last_used_ns,
                 granules=self._book.memory(name).held_granules,
             )
             for name, entry in self._book.models.items()
-            if name not in keep and not entry.leaving and self._book.memory(name).held_granules
+            if not self._spared(entry, keep) and self._book.memory(name).held_granules
         ]
         return self._preset.residency.victims(views, self._book.now_ns)
+
+    def _spared(self, entry: ModelEntry, keep: Collection[ModelName]) -> bool:
+        """Not to be sent away: in `keep`, an adapter that runs on one of these, or leaving."""
+        if entry.spec.name in keep or entry.leaving:
+            return True
+        return entry.spec.base in keep and adapters.in_use(self._book, entry)
 
     def _kv_victims(self, keep: Collection[ModelName]) -> list[ModelName]:
         """Models whose weights stay but whose KV can be parked, least recently used first."""
@@ -108,23 +115,28 @@ class Mover:
         """For models being moved out: drop weights, park requests, unmap what became empty."""
         for name, entry in self._book.models.items():
             useless = entry.unassigned or entry.failed is not None
-            if useless and not entry.members and self._book.memory(name).held_granules:
+            users = adapters.users(self._book, entry)
+            if useless and not users and self._book.memory(name).held_granules:
                 entry.leaving = "all"
             if not entry.leaving:
                 continue
             memory = self._book.memory(name)
             if entry.leaving == "all" and memory.state == "resident":
                 self._drop(name)
-            for state in list(entry.members.values()):
+            for state in users:
                 if state.phase == "running" and state.idle:
-                    self.park(entry, state)
+                    self.park(self._book.models[state.request.model], state)
             empty = memory.kv.empty_granules()
             if empty:
                 self._unmap(name, empty)
             gone = memory.state == "absent" or entry.leaving == "kv"
-            if gone and not memory.kv.granules:
+            if gone and not memory.kv.granules and not self._adapter_runs(entry):
                 entry.leaving = None
                 self._book.changes += 1
+
+    def _adapter_runs(self, entry: ModelEntry) -> bool:
+        """A leaving adapter is gone when its last request is off the device, not before."""
+        return entry.spec.base is not None and adapters.in_use(self._book, entry)
 
     def park(self, entry: ModelEntry, state: RequestState) -> None:
         """Copy the KV to the host store; where that cannot be, forget it and compute it again."""
@@ -179,16 +191,51 @@ class Mover:
         memory = self._book.memory(entry.spec.name)
         if not self._loadable(entry):
             return
-        first = min(
-            (memory.kv_granules_for(s.known + 1) for s in entry.members.values()), default=0
-        )
-        room = memory.weight_granules + max(first - len(memory.kv.granules), 0)
+        needs = {s.id: self._first_need(entry, s) for s in entry.members.values()}
+        first = min(needs, key=lambda request: needs[request], default=None)
+        room = memory.weight_granules + (needs[first] if first is not None else 0)
         if self.make_room(entry.spec.name, room, keep):
+            if first is not None:
+                # Before the much larger base, whose load the first step may then follow.
+                self._load_adapter(self._book.requests[first])
             self.load(entry)
         elif not self.coming_granules() and memory.kv.granules:
             # Its load failed when its requests had their KV already: that KV must not keep its own
             # weights out.
             self._send_away(entry.spec.name, "kv")
+
+    def _first_need(self, entry: ModelEntry, state: RequestState) -> int:
+        """Granules besides the model's weights that let this request begin."""
+        memory = self._book.memory(entry.spec.name)
+        kv = max(memory.kv_granules_for(state.known + 1) - len(memory.kv.granules), 0)
+        return kv + adapters.granules_missing(self._book, state)
+
+    def _load_adapter(self, state: RequestState) -> None:
+        """If it is absent; the caller made room."""
+        adapter = adapters.adapter_of(self._book, state)
+        if adapter is not None and not adapter.leaving and self._loadable(adapter):
+            self.load(adapter)
+
+    def _bring_adapter(
+        self, entry: ModelEntry, state: RequestState, keep: Collection[ModelName] | None
+    ) -> bool:
+        """Set in motion what brings the adapter of a waiting request in, and room for the request
+        beside it, sending away all but `keep` (None: nobody). False if there is no room yet."""
+        memory, missing = self._book.memory(entry.spec.name), 0
+        adapter = adapters.adapter_of(self._book, state)
+        assert adapter is not None
+        name = adapter.spec.name
+        if adapter.leaving or not self._loadable(adapter):
+            return True
+        pages = self._book.ledger.growth_granules(
+            entry.spec.name, memory.pages_for(state.known + 1)
+        )
+        missing = adapters.granules_missing(self._book, state) + (pages or 0)
+        free = self._book.ledger.free_granules >= missing
+        if not free and (keep is None or not self.make_room(name, missing, keep)):
+            return False
+        self.load(adapter)
+        return True
 
     def _loadable(self, entry: ModelEntry) -> bool:
         """Runs that followed a failed load end a little after it. A load behind them would fail as
@@ -196,7 +243,7 @@ class Mover:
         name = entry.spec.name
         if self._book.memory(name).state != "absent" or entry.failed is not None:
             return False
-        if entry.unassigned and not entry.members:
+        if entry.unassigned and not adapters.users(self._book, entry):
             return False
         return not self._book.ledger.hazards.busy(("w", name))
 
@@ -229,9 +276,10 @@ class Mover:
         """Give waiting requests device memory, in the policy's order, until one does not fit.
 
         Others may be sent away for it: all but `first` while this model runs nothing, all but
-        `further` (None: nobody) once it does.
+        `further` (None: nobody) once it does. A request whose adapter is on its way is passed by.
         """
         entry.blocked = False
+        coming: list[RequestState] = []
         running = sum(s.phase in ("running", "resuming") for s in entry.members.values())
         # Without its weights a model gets no KV, or that KV could keep the weights out for ever.
         absent = self._book.memory(entry.spec.name).state == "absent"
@@ -248,11 +296,20 @@ class Mover:
                     self._free_slots(first)
                 return
             state = self._book.requests[request]
-            keep = further if running else first
-            if not self._admit_one(entry, state, running, keep):
-                entry.blocked = not running
-                return
-            running += 1
+            keep = further if running or coming else first
+            if keep is not None:
+                keep = {*keep, *adapters.names(self._book, [*coming, state])}
+            if not adapters.is_there(self._book, state):
+                coming.append(state)
+                fits = self._bring_adapter(entry, state, keep)
+            else:
+                fits = self._admit_one(entry, state, running, keep)
+                running += fits
+            if not fits:
+                break
+        entry.blocked = not running and any(
+            s.phase in ("queued", "parked") for s in entry.members.values()
+        )
 
     def _free_slots(self, keep: Collection[ModelName]) -> None:
         """Other models hold all slots: one of them must park what it runs."""
@@ -443,10 +500,10 @@ class Mover:
             self.fail_model(entry)
 
     def fail_model(self, entry: ModelEntry) -> None:
-        """End all its requests. Later ones are refused, for a while if another try may do, else
-        until the model is assigned again."""
+        """End all requests that need it. Later ones are refused, for a while if another try may
+        do, else until the model is assigned again."""
         error = f"{MODEL_FAILED}: the model cannot be loaded: {entry.failed}"
-        for state in list(entry.members.values()):
+        for state in adapters.users(self._book, entry):
             self._book.finish(state, "error", error=error)
 
     def _map_failed(self, entry: ModelEntry, at: tuple[int, ...], event: Failed) -> None:

@@ -32,6 +32,7 @@ from weft.core.model import ModelSpec
 from weft.core.request import Request
 from weft.core.unit import ModelStatus, UnitSpec, UnitStatus
 from weft.policy.presets import Preset
+from weft.sched import adapters
 from weft.sched.book import Book, ModelEntry, RequestState
 from weft.sched.moves import Mover
 from weft.sched.steps import Stepper
@@ -160,7 +161,7 @@ class UnitScheduler:
         for entry in self._book.models.values():
             if entry.unfit:
                 entry.failed, entry.unfit = None, False
-        staying = 0
+        staying: dict[ModelName, int] = {}
         for entry in sorted(self._book.models.values(), key=lambda e: not self._stays(e)):
             if entry.failed is not None:
                 continue
@@ -169,18 +170,21 @@ class UnitScheduler:
                 entry.failed, entry.unfit = problem, True
                 self._mover.fail_model(entry)
             elif self._stays(entry):
-                staying += self._book.memory(entry.spec.name).weight_granules
+                name = entry.spec.name
+                staying[name] = self._book.memory(name).weight_granules
         for entry in self._book.models.values():
             for state in list(entry.members.values()):
                 error = self._too_large(state.request)
                 if error is not None:
                     self._book.finish(state, "error", error=error)
 
-    def _cannot_hold(self, spec: ModelSpec, others: int) -> str | None:
-        """Why this model can never run beside `others` granules that stay, or None."""
-        unit = self._book.unit
+    def _cannot_hold(self, spec: ModelSpec, staying: dict[ModelName, int]) -> str | None:
+        """Why this model can never run beside those that stay (their granules), or None."""
+        unit, others = self._book.unit, sum(staying.values())
         memory = self._book.memory(spec.name)
         need = memory.weight_granules + memory.kv_granules_for(1)
+        if spec.base in self._book.models and spec.base not in staying:
+            need += self._book.memory(spec.base).weight_granules
         if need + others <= unit.num_granules:
             return None
         mib = unit.granule_bytes / (1 << 20)
@@ -240,11 +244,11 @@ class UnitScheduler:
         assert request.id not in self._book.requests, "a request id came twice"
         if entry is None or entry.unassigned:
             return f"{MODEL_NOT_FOUND}: the model {request.model!r} is not served here"
-        if entry.retry_ns is not None and self._book.now_ns >= entry.retry_ns:
-            entry.failed, entry.retry_ns, entry.load_fails = None, None, 0
-            self._check_fit()
+        self._try_again(entry)
         if entry.failed is not None:
             return f"{MODEL_FAILED}: {entry.failed}"
+        if request.adapter is not None and (error := self._adapter_refusal(request)) is not None:
+            return error
         if self._book.draining:
             return f"{DRAINING}: the server is shutting down; try again"
         total = len(request.prompt) + request.max_tokens
@@ -256,16 +260,34 @@ class UnitScheduler:
             )
         return self._too_large(request)
 
+    def _adapter_refusal(self, request: Request) -> str | None:
+        entry = self._book.models.get(request.adapter) if request.adapter is not None else None
+        if entry is None or entry.unassigned or entry.spec.base != request.model:
+            return f"{MODEL_NOT_FOUND}: the adapter {request.adapter!r} is not served here"
+        self._try_again(entry)
+        return f"{MODEL_FAILED}: {entry.failed}" if entry.failed is not None else None
+
+    def _try_again(self, entry: ModelEntry) -> None:
+        """A model whose loads failed may be tried again after a while."""
+        if entry.retry_ns is not None and self._book.now_ns >= entry.retry_ns:
+            entry.failed, entry.retry_ns, entry.load_fails = None, None, 0
+            self._check_fit()
+
     def _too_large(self, request: Request) -> str | None:
-        """Why this request could never run to its end, alone with its model beside those that
-        stay, or None."""
+        """Why this request could never run to its end, alone with its model and adapter beside
+        those that stay, or None."""
         memory = self._book.memory(request.model)
+        adapter = 0
+        if request.adapter in self._book.models:
+            adapter = self._book.memory(request.adapter).weight_granules
         others = sum(
             self._book.memory(name).weight_granules
             for name, other in self._book.models.items()
-            if name != request.model and not other.failed and self._stays(other)
+            if name not in (request.model, request.adapter)
+            and not other.failed
+            and self._stays(other)
         )
-        room = self._book.unit.num_granules - others - memory.weight_granules
+        room = self._book.unit.num_granules - others - memory.weight_granules - adapter
         total = len(request.prompt) + request.max_tokens
         # One page more than the tokens: whoever is admitted can always grow by one.
         need = memory.kv_granules_for(total + memory.spec.page_tokens)
@@ -358,10 +380,11 @@ class UnitScheduler:
 
     def _forget_unassigned(self) -> None:
         for name, entry in list(self._book.models.items()):
-            if not entry.unassigned or entry.members:
+            if not entry.unassigned or adapters.users(self._book, entry):
                 continue
             memory = self._book.memory(name)
-            holds = any(s.request.model == name for s in self._book.requests.values())
+            requests = (s.request for s in self._book.requests.values())
+            holds = any(name in (request.model, request.adapter) for request in requests)
             if memory.state == "absent" and not memory.kv.granules and not holds:
                 del self._book.models[name]
                 self._book.ledger.remove_model(name)
@@ -401,10 +424,13 @@ class UnitScheduler:
         )
 
     def _model_status(self, entry: ModelEntry) -> ModelStatus:
-        memory = self._book.memory(entry.spec.name)
-        phases = [s.phase for s in entry.members.values()]
+        # A request of an adapter counts there, not at its base: sums over all are right.
+        name = entry.spec.name
+        states = adapters.users(self._book, entry)
+        memory = self._book.memory(name)
+        phases = [s.phase for s in states if (s.request.adapter or name) == name]
         return ModelStatus(
-            name=entry.spec.name,
+            name=name,
             state="failed" if entry.failed else memory.state,
             weight_granules=len(memory.weights),
             kv_granules=len(memory.kv.granules),
@@ -412,7 +438,7 @@ class UnitScheduler:
             queued=phases.count("queued"),
             running=phases.count("running"),
             parked=sum(p in ("parked", "parking", "resuming") for p in phases),
-            turn=self._turns.current == entry.spec.name,
+            turn=self._turns.current == name,
             switches_in=entry.switches_in,
             switches_out=entry.switches_out,
             prompt_tokens=entry.prompt_tokens,
@@ -439,6 +465,9 @@ class UnitScheduler:
 def check_book(book: Book) -> None:
     """Every page and slot has one holder; counters agree with the actions in flight."""
     book.ledger.check_integrity()
+    for entry in book.models.values():
+        if entry.spec.base is not None:
+            assert not entry.members and not book.memory(entry.spec.name).kv.granules
     pages: dict[ModelName, list[int]] = {name: [] for name in book.models}
     slots: list[int] = []
     for state in book.requests.values():
@@ -472,5 +501,9 @@ def _check_request(book: Book, state: RequestState) -> None:
         assert state.pages and state.slot is not None
     if state.phase == "parked":
         assert state.parked is not None
+    if state.phase in ("running", "resuming"):
+        adapter = adapters.adapter_of(book, state)
+        there = adapter is None or adapter.leaving or adapters.is_there(book, state)
+        assert there, f"request {state.id} runs without its adapter"
     if not state.dirty and state.phase != "finished":
         assert state.computed <= state.planned <= state.length

@@ -15,6 +15,7 @@ from weft.core.ids import ActionId, ModelName
 from weft.core.request import Pooling, Request, TokenLogprobs
 from weft.ledger.hazards import Resource
 from weft.policy.presets import Preset
+from weft.sched import adapters
 from weft.sched.book import (
     Answer,
     Book,
@@ -107,6 +108,8 @@ class Stepper:
                 continue
             if lost and not lost.isdisjoint(state.pages):
                 continue
+            if not adapters.is_there(self._book, state):
+                continue
             self._book.rewind(state)
             if not state.dirty and state.wants_steps:
                 ready.append(state)
@@ -198,7 +201,8 @@ class Stepper:
     ) -> None:
         book, name = self._book, entry.spec.name
         action = book.new_id()
-        reads: list[Resource] = [("w", name)]
+        used = adapters.names(book, states)
+        reads: list[Resource] = [("w", name), *(("w", adapter) for adapter in used)]
         for row in rows:
             if row.append_pages:
                 reads += book.pending_maps(name, list(row.append_pages))
@@ -216,7 +220,8 @@ class Stepper:
             if row.sample is not None:
                 state.draws_in_flight += repeat
                 state.last_on_device = True
-        entry.last_used_ns = book.now_ns
+        for user in (name, *used):
+            book.models[user].last_used_ns = book.now_ns
         book.steps[action] = StepInFlight(run, states)
         book.actions.append(run)
 
@@ -278,7 +283,8 @@ class Stepper:
         computed_before = state.computed
         state.computed = stop
         prompt = len(state.request.prompt)
-        entry.prompt_tokens += max(min(stop, prompt) - min(computed_before, prompt), 0)
+        account = adapters.adapter_of(self._book, state) or entry
+        account.prompt_tokens += max(min(stop, prompt) - min(computed_before, prompt), 0)
         if state.request.prefill_only and stop == prompt:
             entry.draws += 1  # its turn was of use
             self._book.finish(state, "stop" if state.request.embed else "length")
@@ -294,7 +300,7 @@ class Stepper:
         answer.tokens.append(drawn.token)
         if drawn.logprobs is not None:
             answer.logprobs.append(drawn.logprobs)
-        entry.output_tokens += 1
+        account.output_tokens += 1
         if len(state.emitted) >= state.request.max_tokens:
             self._book.finish(state, "length", answer=answer)
 

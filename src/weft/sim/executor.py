@@ -9,6 +9,7 @@ allows: a step that failed may have written its positions, a copy may be half do
 
 import heapq
 import random
+import zlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -76,11 +77,16 @@ def score(context: int, token: int, top: int) -> TokenLogprobs:
     return TokenLogprobs(token, -float(mix(context, token) % 1000), best)
 
 
-def contexts_of(ids: Iterable[int], context: int = 0) -> list[int]:
-    """The hash at every position."""
+def contexts_of(
+    ids: Iterable[int], context: int = 0, adapter: ModelName | None = None
+) -> list[int]:
+    """The hash at every position, with this adapter at work at each."""
+    weights = None if adapter is None else zlib.crc32(adapter.encode())
     out: list[int] = []
     for token in ids:
         context = mix(context, token)
+        if weights is not None:
+            context = mix(context, weights)
         out.append(context)
     return out
 
@@ -95,6 +101,7 @@ def expected_stream(
     prompt: Iterable[int],
     sampling: Sampling,
     *,
+    adapter: ModelName | None = None,
     max_tokens: int,
     min_tokens: int,
     stop_ids: frozenset[int],
@@ -102,7 +109,7 @@ def expected_stream(
 ) -> list[int]:
     """The plain run: what a request must get whatever else happens."""
     prompt = tuple(prompt)
-    context = contexts_of(prompt)[-1]
+    context = contexts_of(prompt, adapter=adapter)[-1]
     prompt_ids = sorted({*prompt}) if sampling.repetition_penalty != 1.0 else ()
     out: list[int] = []
     while len(out) < max_tokens:
@@ -110,7 +117,7 @@ def expected_stream(
         if token < 0 or (token in stop_ids and len(out) >= min_tokens):
             break
         out.append(token)
-        context = mix(context, token)
+        context = contexts_of([token], context, adapter)[-1]
     return out
 
 
@@ -297,6 +304,8 @@ class ModelledExecutor:
             case Run(plan=plan):
                 active.reads.add(("w", plan.model))
                 for row in plan.rows:
+                    if row.adapter is not None:
+                        active.reads.add(("w", row.adapter))
                     self._write_table(row.slot, row.first_page, list(row.append_pages))
                     last = row.start + row.num_tokens + plan.repeat - 2
                     page_tokens = self._models[plan.model].page_tokens
@@ -378,7 +387,7 @@ class ModelledExecutor:
             ids = row.input if index == 0 else None
             inputs = list(ids) if ids is not None else [self._last[row.slot]]
             assert len(inputs) == row.num_tokens, "a row's input has another length"
-            contexts = self._write_kv(run, row.request, row.slot, row.start + index, inputs)
+            contexts = self._write_kv(run, row, row.start + index, inputs)
             targets = zip(row.targets, contexts, strict=False)
             scores.append(tuple(score(c, t, row.target_logprobs) for t, c in targets))
             embeddings.append(None if row.embed is None else embedding_of(contexts, row.embed))
@@ -427,16 +436,19 @@ class ModelledExecutor:
         assert mapped.issuperset(range(first, last + 1)), f"{model}: page {page} is not mapped"
         return self._kv.setdefault((model, page), [None] * spec.page_tokens)
 
-    def _write_kv(self, run: Run, request: int, slot: int, start: int, ids: list[int]) -> list[int]:
+    def _write_kv(self, run: Run, row: Row, start: int, ids: list[int]) -> list[int]:
         """Returns the hash at each of the positions."""
-        model = run.plan.model
+        model, request = run.plan.model, row.request
+        if row.adapter is not None:
+            assert self._models[row.adapter].base == model, f"{row.adapter} is not for {model}"
+            assert self._weights.get(row.adapter), f"{row.adapter} is not on the device"
         size = self._models[model].page_tokens
-        table = self._tables[slot]
+        table = self._tables[row.slot]
         context = 0
         if start:
             context = self._read_cell(model, table, request, start - 1)[2]
             self._read_cell(model, table, request, self._rng.randrange(start))
-        contexts = contexts_of(ids, context)
+        contexts = contexts_of(ids, context, row.adapter)
         for position, context in enumerate(contexts, start):
             cells = self._cells(model, table[position // size])
             cells[position % size] = (request, position, context)

@@ -51,6 +51,8 @@ class Mover:
         self, unit: UnitSpec, models: Iterable[ModelSpec], rng: Random, first_id: int
     ) -> None:
         self.memory = ReplayMemory(unit, {spec.name: spec for spec in models}, rng)
+        self.bases = [name for name, p in self.memory.models.items() if p.spec.base is None]
+        """Models, without the adapters."""
         self.held: dict[RequestId, Held] = {}
         self.out: list[UnitAction] = []
         """Planned actions nobody has taken yet."""
@@ -61,6 +63,8 @@ class Mover:
         self._hazards = Hazards()
         self._next_id = first_id
         self._loading: dict[ModelName, ActionId] = {}
+        self._needed: set[ModelName] = set()
+        """Weights of the step that room is made for."""
 
     def ended(self, action: ActionId) -> None:
         self.in_flight.remove(action)
@@ -70,25 +74,38 @@ class Mover:
                 del self._loading[model]
 
     def prepare(
-        self, model: ModelName, held: Sequence[Held], ends: Sequence[int]
+        self,
+        model: ModelName,
+        held: Sequence[Held],
+        ends: Sequence[int],
+        adapters: Sequence[ModelName] = (),
     ) -> ActionId | None:
         """Weights, slots and pages for a step that reaches position ends[i] - 1 of held[i].
 
         Returns the Load of the model that is in flight, if any.
         """
         try:
-            self._place(model, held, ends)
+            self._place(model, held, ends, adapters)
         except ReplayError:
             # The step's own pages may be so scattered that they pin every granule: pack them.
             for h in held:
                 if h.pages:
                     self.park(h)
-            self._place(model, held, ends)
+            self._place(model, held, ends, adapters)
+        self._needed = set()
         return self._loading.get(model)
 
-    def _place(self, model: ModelName, held: Sequence[Held], ends: Sequence[int]) -> None:
+    def _place(
+        self,
+        model: ModelName,
+        held: Sequence[Held],
+        ends: Sequence[int],
+        adapters: Sequence[ModelName],
+    ) -> None:
         keep = {h.request for h in held}
-        self._ensure_weights(model, keep)
+        self._needed = {model, *adapters}
+        for name in (model, *adapters):
+            self._ensure_weights(name, keep)
         for h, end in zip(held, ends, strict=True):
             if h.units:
                 self.resume(h, keep)
@@ -162,7 +179,8 @@ class Mover:
         """Free so many granules: empty KV first, then other models' weights and requests."""
         while len(self.memory.free_granules) < granules:
             empty = [p for p in self.memory.models.values() if p.empty()]
-            others = [name for name, p in self.memory.models.items() if p.weights and name != model]
+            needed = self._needed | {model}
+            others = [n for n, p in self.memory.models.items() if p.weights and n not in needed]
             resident = [h for h in self.held.values() if h.pages and h.request not in keep]
             if empty:
                 places = self._rng.choice(empty)
@@ -258,7 +276,8 @@ class Mover:
         follow: ActionId | None,
     ) -> ActionId:
         """A step over everything these requests hold."""
-        reads: list[Resource] = [("w", plan.model)]
+        adapters = {row.adapter for row in plan.rows if row.adapter is not None}
+        reads: list[Resource] = [("w", name) for name in (plan.model, *sorted(adapters))]
         writes: list[Resource] = []
         for h in held:
             reads.extend(self._under(h.model, h.pages))

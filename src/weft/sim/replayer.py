@@ -149,7 +149,8 @@ class PlanReplayer:
         rows = step.plan.rows
         held = [self._mover.hold(row.request, step.plan.model) for row in rows]
         ends = [row.start + row.num_tokens + first + count - 1 for row in rows]
-        follow = self._follow(self._mover.prepare(step.plan.model, held, ends))
+        adapters = sorted({row.adapter for row in rows if row.adapter is not None})
+        follow = self._follow(self._mover.prepare(step.plan.model, held, ends, adapters))
         plan = StepPlan(
             model=step.plan.model,
             rows=tuple(self._row(row, h, first) for row, h in zip(rows, held, strict=True)),
@@ -226,7 +227,7 @@ class PlanReplayer:
 
     def _disturb_map(self) -> None:
         """Unmap everything empty of one model, or map something nobody asked for."""
-        places = self._rng.choice(list(self._mover.memory.models.values()))
+        places = self._mover.memory.models[self._rng.choice(self._mover.bases)]
         empty = places.empty()
         if empty:
             self._mover.unmap(places, self._rng.sample(empty, self._rng.randint(1, len(empty))))
@@ -238,7 +239,7 @@ class PlanReplayer:
     def _noise(self) -> None:
         """A request of no record: prompt, perhaps a few tokens, gone."""
         rng, unit = self._rng, self._mover.memory.unit
-        model = rng.choice(list(self._mover.memory.models))
+        model = rng.choice(self._mover.bases)
         spec = self._mover.memory.models[model].spec
         held = self._mover.hold(RequestId(self._next_noise), model)
         self._next_noise += 1

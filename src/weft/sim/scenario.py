@@ -177,6 +177,7 @@ def check_outcome(scenario: Scenario, outcome: Outcome) -> None:
         want = expected_stream(
             request.prompt,
             request.sampling,
+            adapter=request.adapter,
             max_tokens=request.max_tokens,
             min_tokens=request.min_tokens,
             stop_ids=frozenset((*eos, *request.stop_ids)),
@@ -196,7 +197,8 @@ def check_outcome(scenario: Scenario, outcome: Outcome) -> None:
 
 def _check_scores(request: Request, outcome: Outcome) -> None:
     """Log probabilities and embeddings: what was asked for came, whole, and for its positions."""
-    contexts = contexts_of((*request.prompt, *outcome.streams.get(request.id, [])))
+    ids = (*request.prompt, *outcome.streams.get(request.id, []))
+    contexts = contexts_of(ids, adapter=request.adapter)
     prompt, answered = len(request.prompt), outcome.finish[request.id] in ("stop", "length")
     sampling = request.sampling
     logprobs = outcome.logprobs.get(request.id, [])
@@ -261,10 +263,14 @@ def random_scenario(
                 weight=rng.choice([0.5, 1.0, 3.0]),
             )
         )
+    models += _random_adapters(rng, models, granule)
     biggest = max(
         -(-m.weight_bytes // granule) + -(-20 * m.page_bytes // m.page_tokens // granule)
         for m in models
+        if m.base is None
     )
+    if len(models) > num_models:
+        biggest += rng.choice([0, 1, 2])
     unit = UnitSpec(
         granule_bytes=granule,
         num_granules=rng.randint(biggest, biggest * 2 + 6),
@@ -288,6 +294,24 @@ def random_scenario(
         cost=CostModel(link_bytes_per_s=rng.choice([1e7, 1e9])),
         seed=seed,
     )
+
+
+def _random_adapters(rng: random.Random, bases: list[ModelSpec], granule: int) -> list[ModelSpec]:
+    """For every other scenario: up to four adapters, of any of the models."""
+    count = rng.choice([0, 0, 1, 4])
+    specs = []
+    for i in range(count):
+        base = rng.choice(bases)
+        specs.append(
+            msgspec.structs.replace(
+                base,
+                name=ModelName(f"{base.name}+{i}"),
+                base=base.name,
+                weight_bytes=rng.randint(1, 2 * granule),
+                pinned=rng.random() < 0.1,
+            )
+        )
+    return specs
 
 
 def small_scenario(seed: int) -> Scenario:
@@ -321,7 +345,8 @@ def _random_arrivals(
     events: list[tuple[int, UnitEvent]] = [(0, Assign(model=spec)) for spec in models]
     span_ns = rng.choice([1, 200_000_000, 2_000_000_000])
     for i in range(count):
-        spec = rng.choice(models)
+        spec = rng.choice([model for model in models if model.base is None])
+        on_it = [model.name for model in models if model.base == spec.name]
         at = rng.randrange(span_ns)
         prompt = tuple(rng.randrange(spec.vocab_size) for _ in range(rng.randint(1, 20)))
         sampled = rng.random() < 0.3
@@ -329,6 +354,7 @@ def _random_arrivals(
         request = Request(
             id=RequestId(i),
             model=spec.name,
+            adapter=rng.choice([None, *on_it]),
             prompt=prompt,
             max_tokens=0 if kind < 0.08 else rng.randint(1, 16),
             min_tokens=rng.choice([0, 0, 3]),
