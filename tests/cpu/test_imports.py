@@ -30,12 +30,15 @@ PURE: dict[str, set[str]] = {
 }
 """Pure rooms and the rooms each may import besides itself."""
 
+TEXT_BELOW: dict[str, set[str]] = {"grammar": BASE}
+"""Rooms that know text and may be used on both sides, and what each may import besides itself."""
+
 DEVICE: dict[str, set[str]] = {
     "memory": BASE,
     "kernels": BASE,
     "attention": BASE | {"kernels"},
     "models": BASE | {"attention"},
-    "engine": BASE | {"memory", "kernels", "attention", "models"},
+    "engine": BASE | {"memory", "kernels", "attention", "models", "grammar"},
 }
 """Rooms of the device and the rooms each may import besides itself: none that starts processes,
 speaks to others or decides."""
@@ -128,7 +131,7 @@ def test_nobody_imports_what_runs_foreign_code_or_transformers() -> None:
     assert [where(f) for f in FILES if tops(f) & NOWHERE] == []
 
 
-@pytest.mark.parametrize(("room", "below"), sorted((PURE | DEVICE).items()))
+@pytest.mark.parametrize(("room", "below"), sorted((PURE | DEVICE | TEXT_BELOW).items()))
 def test_a_room_imports_only_what_lies_below(room: str, below: set[str]) -> None:
     wrong = {
         where(file): sorted(weft_rooms(file) - below - {room})
@@ -216,6 +219,12 @@ def loaded_after(modules: list[str]) -> set[str]:
     )
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout))
+
+
+def test_grammars_are_read_by_one_room_and_only_when_one_comes() -> None:
+    assert [where(f) for f in FILES if "llguidance" in tops(f) and room_of(f) != "grammar"] == []
+    loaded = loaded_after([*modules_of("grammar"), *modules_of("server")])
+    assert not loaded & {"llguidance", "torch"}
 
 
 @pytest.mark.parametrize("room", ["server", "node", "hub", "transport", "cli", "replay", "report"])
