@@ -1,6 +1,7 @@
 """A hub that plays scripts: chunks, holds, refusals, failures. For tests of the frontend."""
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer
 
 from weft.core.errors import ReplyError
 from weft.core.ids import ModelName, RequestId
+from weft.core.request import TokenLogprobs
 from weft.core.unit import ModelStatus, UnitStatus
 from weft.hub.base import (
     Chunk,
@@ -55,6 +57,58 @@ def spoken(tokens: Sequence[int], *, finish: str = "stop", per_chunk: int = 1) -
         Chunk(tokens=tuple(tokens[i : i + per_chunk])) for i in range(0, len(tokens), per_chunk)
     ]
     return [*steps, Chunk(finish=finish)]  # type: ignore[arg-type]
+
+
+def logprob_of(before: int, token: int) -> float:
+    """What the obliging hub says about `token` behind `before`."""
+    return -((before * 7 + token * 3) % 50 + 1) / 8
+
+
+def logprobs_of(before: int, token: int, top: int, *, vocab: int = 300) -> TokenLogprobs:
+    ranked = sorted(range(vocab), key=lambda other: (-logprob_of(before, other), other))[:top]
+    return TokenLogprobs(
+        token=token,
+        logprob=logprob_of(before, token),
+        top=tuple((other, logprob_of(before, other)) for other in ranked),
+    )
+
+
+def obliging(tokens: Sequence[int], *, finish: str = "stop", per_chunk: int = 1) -> Script:
+    """Says `tokens` up to max_tokens, with all the log probabilities and vectors asked for."""
+
+    def script(new: NewRequest) -> Sequence[Step]:
+        if new.embed is not None:
+            values = [float(token) for token in new.prompt[:4]]
+            return [Chunk(embedding=(struct.pack(f"<{len(values)}f", *values),), finish="stop")]
+        said = tuple(tokens[: new.max_tokens])
+        end = "length" if len(said) == new.max_tokens else finish
+        whole = (*new.prompt, *said)
+        first = len(new.prompt)
+        asked = new.prompt_logprobs
+        steps: list[Step] = []
+        for i in range(0, len(said), per_chunk):
+            part = said[i : i + per_chunk]
+            top = new.sampling.logprobs
+            own = (
+                ()
+                if top is None
+                else tuple(
+                    logprobs_of(whole[first + j - 1], whole[first + j], top)
+                    for j in range(i, i + len(part))
+                )
+            )
+            steps.append(Chunk(tokens=part, logprobs=own))
+        prompt = (
+            ()
+            if asked is None
+            else tuple(
+                logprobs_of(new.prompt[j - 1], new.prompt[j], asked) for j in range(1, first)
+            )
+        )
+        head = Chunk(prompt_logprobs=prompt, cached_tokens=first // 2)
+        return [head, *steps, Chunk(finish=end)]  # type: ignore[arg-type]
+
+    return script
 
 
 class FakeHub:

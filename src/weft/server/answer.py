@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from weft.core.errors import DRAINING, ReplyError
 from weft.hub.base import Hub, HubRefusal
 from weft.server import wire
-from weft.server.choice import Choice, Piece
+from weft.server.choice import Choice, Piece, joined
 from weft.server.errors import CLIENT_CLOSED, ApiError, from_reply, internal_error
 from weft.server.metrics import Metrics
 from weft.server.plan import Plan
@@ -95,7 +95,7 @@ class Answer(Response):
         self._arrival_s = arrival_s
         self._keepalive_s = keepalive_s
         self._clock = clock
-        self._writer = wire.Writer(plan, request_id)
+        self._writer = plan.writer(request_id)
         self._choices: list[Choice] = []
         self._pulls: dict[asyncio.Task[Piece], Choice] = {}
         self._stop: asyncio.Future[str]
@@ -135,23 +135,31 @@ class Answer(Response):
     def _unopened(self) -> int:
         return len(self._plan.requests) - len(self._choices)
 
+    @property
+    def _done(self) -> bool:
+        return not self._unopened and all(choice.done for choice in self._choices)
+
     def _open(self) -> None:
-        """Opens the choices one after the other; the first refusal ends all. Raises ApiError."""
+        """Opens choices in their order, at most `window` at once; the first refusal ends all.
+        Raises ApiError."""
         plan = self._plan
+        room = plan.window - sum(not choice.done for choice in self._choices)
+        opened = len(self._choices)
         try:
-            for index, request in enumerate(plan.requests):
-                self._choices.append(
-                    Choice(
-                        self._hub,
-                        request,
-                        plan.text,
-                        plan.stops,
-                        self._metrics,
-                        index=index,
-                        arrival_s=self._arrival_s,
-                        clock=self._clock,
-                    )
+            for index in range(opened, min(opened + room, len(plan.requests))):
+                choice = Choice(
+                    self._hub,
+                    plan.requests[index],
+                    plan.decode,
+                    plan.stops,
+                    self._metrics,
+                    index=index,
+                    arrival_s=self._arrival_s,
+                    counts_prompt=index % plan.choices_per_prompt == 0,
+                    silent=plan.silent,
+                    clock=self._clock,
                 )
+                self._choices.append(choice)
         except HubRefusal as refusal:
             raise from_reply(refusal.error) from None
 
@@ -163,8 +171,9 @@ class Answer(Response):
                 raise from_reply(piece.error)
         await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
         self._started = True
-        if not pieces:
-            await self._write(send, wire.HELD)
+        opening = self._writer.opening() + (b"" if pieces else wire.HELD)
+        if opening:
+            await self._write(send, opening)
         spoken = False
         while True:
             for choice, piece in pieces:
@@ -172,25 +181,22 @@ class Answer(Response):
                 if piece.error is not None:
                     raise from_reply(piece.error)
                 await self._write(send, self._writer.chunk(choice, piece, self._choices))
-            if all(choice.done for choice in self._choices):
+            if self._done:
                 break
             pieces = await self._next(self._keepalive_s)
             if not pieces:
                 await self._write(send, wire.WAITING if spoken else wire.HELD)
-        tail = self._writer.usage_chunk(self._choices) if self._plan.include_usage else b""
-        await self._write(send, tail + wire.DONE, more=False)
+        await self._write(send, self._writer.closing(self._choices), more=False)
 
     async def _whole(self, send: Send) -> None:
         """Raises ApiError."""
-        texts: list[list[str]] = [[] for _ in self._choices]
-        ids: list[list[int]] = [[] for _ in self._choices]
-        while not all(choice.done for choice in self._choices):
+        pieces: list[list[Piece]] = [[] for _ in self._plan.requests]
+        while not self._done:
             for choice, piece in await self._next(None):
                 if piece.error is not None:
                     raise from_reply(piece.error)
-                texts[choice.index].append(piece.text)
-                ids[choice.index].extend(piece.tokens)
-        body = self._writer.whole(self._choices, ["".join(parts) for parts in texts], ids)
+                pieces[choice.index].append(piece)
+        body = self._writer.whole(self._choices, [joined(parts) for parts in pieces])
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
@@ -201,7 +207,8 @@ class Answer(Response):
 
     async def _next(self, timeout_s: float | None) -> list[tuple[Choice, Piece]]:
         """Pieces that are there, at least one; [] when the time is over. At most one chunk of
-        every choice is in hand. Raises _Stopped."""
+        every choice is in hand. Raises _Stopped, and ApiError when a further choice is refused."""
+        self._open()
         waiting = set(self._pulls.values())
         for choice in self._choices:
             if not choice.done and choice not in waiting:
@@ -253,7 +260,7 @@ class Answer(Response):
 
     async def _last_words(self, error: ApiError, send: Send) -> None:
         try:
-            await self._write(send, wire.error_event(error), more=False)
+            await self._write(send, self._writer.failure(error), more=False)
         except _Stopped:
             self._status = CLIENT_CLOSED
 

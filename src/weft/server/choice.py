@@ -1,16 +1,17 @@
 """One answer in the making: chunks of token ids from the hub become pieces of text."""
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from itertools import chain
 
 import msgspec
 
 from weft.core.errors import DRAINING, REQUEST_FAILED, ReplyError
 from weft.core.ids import RequestId
+from weft.core.request import TokenLogprobs
 from weft.hub.base import Chunk, Hub, NewRequest
-from weft.server.detokenize import Detokenizer, StopStrings
+from weft.server.detokenize import Decode, Detokenizer, StopStrings
 from weft.server.metrics import Metrics
-from weft.server.text import TextModel
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +22,22 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     finish: str | None = None
     """"stop" or "length"."""
     error: ReplyError | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of `tokens`, where they were asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    embedding: tuple[bytes, ...] = ()
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of a choice as one."""
+    return Piece(
+        text="".join(piece.text for piece in pieces),
+        tokens=tuple(chain.from_iterable(piece.tokens for piece in pieces)),
+        finish=pieces[-1].finish,
+        logprobs=tuple(chain.from_iterable(piece.logprobs for piece in pieces)),
+        prompt_logprobs=tuple(chain.from_iterable(piece.prompt_logprobs for piece in pieces)),
+        embedding=tuple(chain.from_iterable(piece.embedding for piece in pieces)),
+    )
 
 
 class Choice:
@@ -32,16 +49,21 @@ class Choice:
         self,
         hub: Hub,
         request: NewRequest,
-        text: TextModel,
+        decode: Decode,
         stops: tuple[str, ...],
         metrics: Metrics,
         *,
         index: int,
         arrival_s: float,
+        counts_prompt: bool = True,
+        silent: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Opens the request. Raises HubRefusal."""
+        """Opens the request. A silent one keeps what it draws for itself. Raises HubRefusal."""
         self.index = index
+        self.counts_prompt = counts_prompt
+        """The first choice of its prompt; the others do not count it in the usage."""
+        self.cached_tokens = 0
         self.prompt_tokens = len(request.prompt)
         self.output_tokens = 0
         self.ttft_s: float | None = None
@@ -49,11 +71,12 @@ class Choice:
         self._hub = hub
         self._model = request.model
         self._min_tokens = request.min_tokens
+        self._silent = silent
         self._metrics = metrics
         self._clock = clock
         self._arrival_s = arrival_s
         self._last_s = arrival_s
-        self._text = Detokenizer(text.decode, request.prompt)
+        self._text = Detokenizer(decode, request.prompt)
         self._stops = StopStrings(stops)
         self._id: RequestId
         self._chunks: AsyncIterator[Chunk]
@@ -74,6 +97,9 @@ class Choice:
         return self._piece(chunk)
 
     def _piece(self, chunk: Chunk) -> Piece:
+        self.cached_tokens += chunk.cached_tokens or 0
+        if self._silent:
+            chunk = msgspec.structs.replace(chunk, tokens=(), logprobs=())
         parts: list[str] = []
         used = 0
         for token in chunk.tokens:
@@ -87,24 +113,30 @@ class Choice:
             parts.append(self._push(self._text.finish(), self.output_tokens))
             if self._stops.found is None:
                 parts.append(self._stops.finish())
-        text = "".join(parts)
+        piece = Piece(
+            text="".join(parts),
+            tokens=tokens,
+            logprobs=chunk.logprobs[:used],
+            prompt_logprobs=chunk.prompt_logprobs,
+            embedding=chunk.embedding,
+        )
         if self._stops.found is not None:
             self.outcome = "stop"
             if chunk.finish is None:
                 self._hub.cancel(self._id)
-            return Piece(text=text, tokens=tokens, finish="stop")
+            return msgspec.structs.replace(piece, finish="stop")
         if chunk.finish is None:
-            return Piece(text=text, tokens=tokens)
+            return piece
         if chunk.finish in ("stop", "length"):
-            self.outcome = chunk.finish
-            return Piece(text=text, tokens=tokens, finish=chunk.finish)
+            self.outcome = "length" if self._silent else chunk.finish
+            return msgspec.structs.replace(piece, finish=self.outcome)
         self.outcome = "error"
         error = chunk.error
         if chunk.finish == "cancelled":
             error = ReplyError(code=DRAINING, message="the request was cancelled by the server")
         elif error is None:
             error = ReplyError(code=REQUEST_FAILED, message="the request failed")
-        return Piece(text=text, tokens=tokens, error=error)
+        return msgspec.structs.replace(piece, error=error)
 
     def _push(self, text: str, tokens_so_far: int) -> str:
         """Stop strings count from min_tokens on, as stop ids do."""

@@ -8,19 +8,21 @@ import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
 import weft
 from weft.config.pool_config import ServerConfig
 from weft.hub.base import Hub, ModelCard
 from weft.server.answer import Answer, Gate
+from weft.server.body import decode_json, parse, read_body
 from weft.server.errors import ApiError
 from weft.server.metrics import UNKNOWN_MODEL, Metrics
-from weft.server.plan import Plan, find_model, plan_chat, plan_completion
-from weft.server.schemas import ChatRequest, Common, CompletionRequest, parse, read_json
+from weft.server.plan import Asker, Plan, find_model, plan_chat, plan_completion
+from weft.server.schemas import ChatRequest, CompletionRequest
 from weft.server.status import StatusReply
 from weft.server.text import TextService
 
-R = TypeVar("R", bound=Common)
+R = TypeVar("R", bound=BaseModel)
 
 
 class Frontend:
@@ -39,16 +41,16 @@ class Frontend:
         self,
         request: Request,
         schema: type[R],
-        plan: Callable[[Hub, TextService, R], Awaitable[Plan]],
+        plan: Callable[[Asker, R], Awaitable[Plan]],
     ) -> Answer:
         """Raises ApiError for what is refused before the hub hears of it."""
         arrival_s = time.monotonic()
         data: Any = None
         try:
-            data = await read_json(request, self.config.max_body_bytes)
+            data = decode_json(await read_body(request, self.config.max_body_bytes))
             checked = parse(schema, data)
             self.gate.check()
-            planned = await plan(self.hub, self.texts, checked)
+            planned = await plan(self.asker(request), checked)
         except ApiError:
             self.metrics.requests.labels(self._label(data), "refused").inc()
             raise
@@ -62,13 +64,17 @@ class Frontend:
             keepalive_s=self.config.keepalive_s,
         )
 
+    def asker(self, request: Request) -> Asker:
+        tenant = getattr(request.state, "tenant", "")
+        return Asker(hub=self.hub, texts=self.texts, tenant=tenant)
+
     def _label(self, data: Any) -> str:
         name = data.get("model") if isinstance(data, dict) else None
         known = {card.name for card in self.hub.models()}
         return name if isinstance(name, str) and name in known else UNKNOWN_MODEL
 
 
-def _body(schema: type[Common]) -> dict[str, Any]:
+def _body(schema: type[BaseModel]) -> dict[str, Any]:
     """The request body for the OpenAPI document (the routes read and check it themselves)."""
     reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
     content = {"application/json": {"schema": reference}}

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from weft.core.errors import WeftError
 from weft.hub.base import ModelCard
 from weft.server.errors import ApiError, bad_request
+from weft.server.names import TokenNames
 from weft.server.templates import (
     FALLBACK_TEMPLATE,
     ChatTemplate,
@@ -58,6 +59,7 @@ class TextModel:
         self._lock = threading.Lock()
         folder = Path(card.path)
         self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        self._names = TokenNames(self._tokenizer)
         config = _read_config(folder / "tokenizer_config.json")
         source = find_template(folder, config)
         self.has_template = source is not None
@@ -96,6 +98,15 @@ class TextModel:
             return ""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def token_text(self, token: int) -> str:
+        """The text of one token inside a text, special ones as they are written; U+FFFD stands for
+        bytes that are no whole character."""
+        return self._names.text(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that the token adds to a text."""
+        return self._names.bytes(token)
 
     def _check_chars(self, size: int, param: str) -> None:
         if size > self.max_chars:

@@ -3,9 +3,13 @@
 import re
 from pathlib import Path
 
+import pytest
+from pydantic import BaseModel
+
 from weft.core.errors import HTTP_STATUS
-from weft.server import schemas
-from weft.server.schemas import IGNORED, UNSUPPORTED, ChatRequest, CompletionRequest
+from weft.server import body, fields
+from weft.server.body import IGNORED, UNSUPPORTED
+from weft.server.schemas import ChatRequest, CompletionRequest, StreamOptions
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
@@ -16,10 +20,10 @@ def names_after(start: str) -> set[str]:
     return set(re.findall(r"`([a-z_]+)`", line))
 
 
-def test_every_served_field_is_named() -> None:
-    fields = set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)
-    options = {"include_usage", "continuous_usage_stats"}
-    assert names_after("Served:") == fields | options
+@pytest.mark.parametrize("schema", [ChatRequest, CompletionRequest, StreamOptions])
+def test_every_served_field_is_named(schema: type[BaseModel]) -> None:
+    named = set(re.findall(r"`([a-z_]+)(?:: [a-z0-9]+)?`", TEXT))
+    assert set(schema.model_fields) - named == set()
 
 
 def test_every_ignored_field_is_named() -> None:
@@ -41,6 +45,6 @@ def test_every_error_code_is_named() -> None:
 
 
 def test_the_limits_are_the_documented_ones() -> None:
-    assert f"up to {schemas.MAX_STOPS}" in TEXT
-    assert f"up to {schemas.MAX_PROMPTS} of either" in TEXT
-    assert f"within {schemas.BODY_LIMIT_S:.0f} s" in TEXT
+    assert f"up to {fields.MAX_STOPS}" in TEXT
+    assert f"up to {fields.MAX_PROMPTS} of either" in TEXT
+    assert f"within {body.BODY_LIMIT_S:.0f} s" in TEXT

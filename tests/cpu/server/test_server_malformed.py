@@ -11,7 +11,8 @@ import pytest
 from support.fake_hub import FakeHub, card, spoken
 from support.live import asgi_client, live
 from support.tiny import write_tokenizer
-from weft.server.schemas import UNSUPPORTED
+from weft.server.body import UNSUPPORTED
+from weft.server.schemas import ChatRequest
 
 USER = [{"role": "user", "content": "hi"}]
 CHAT: dict[str, Any] = {"model": "m", "messages": USER}
@@ -98,12 +99,36 @@ CHATS: list[tuple[str, Any, int, str | None]] = [
         "stream_options.x",
     ),
     ("a template", {**CHAT, "chat_template": "{{ 1 }}"}, 400, "chat_template"),
-    ("two answers", {**CHAT, "n": 2}, 400, "n"),
+    ("no answers", {**CHAT, "n": 0}, 400, "n"),
+    ("too many answers", {**CHAT, "n": 129}, 400, "n"),
     ("n a bool", {**CHAT, "n": True}, 400, "n"),
-    ("log probabilities", {**CHAT, "logprobs": True}, 400, "logprobs"),
+    ("logprobs a number", {**CHAT, "logprobs": 1}, 400, "logprobs"),
+    ("top_logprobs alone", {**CHAT, "top_logprobs": 1}, 400, None),
+    ("too many top_logprobs", {**CHAT, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    ("too many prompt_logprobs", {**CHAT, "prompt_logprobs": 21}, 400, "prompt_logprobs"),
     ("tools", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools"),
-    ("JSON", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
-    ("a penalty", {**CHAT, "presence_penalty": 0.5}, 400, "presence_penalty"),
+    ("a format unknown", {**CHAT, "response_format": {"type": "xml"}}, 400, "response_format"),
+    (
+        "a format without its schema",
+        {**CHAT, "response_format": {"type": "json_schema"}},
+        400,
+        "response_format.json_schema",
+    ),
+    ("two formats", {**CHAT, "guided_regex": "a", "guided_choice": ["b"]}, 400, "guided_choice"),
+    ("no structure", {**CHAT, "structured_outputs": {}}, 400, "structured_outputs"),
+    ("choices empty", {**CHAT, "structured_outputs": {"choice": []}}, 400, None),
+    ("too many guided choices", {**CHAT, "guided_choice": ["a"] * 1025}, 400, "guided_choice"),
+    ("presence_penalty too low", {**CHAT, "presence_penalty": -2.1}, 400, "presence_penalty"),
+    ("frequency_penalty too high", {**CHAT, "frequency_penalty": 3}, 400, "frequency_penalty"),
+    ("repetition_penalty zero", {**CHAT, "repetition_penalty": 0}, 400, "repetition_penalty"),
+    ("min_p above one", {**CHAT, "min_p": 1.5}, 400, "min_p"),
+    ("bias of a word", {**CHAT, "logit_bias": {"yes": 1}}, 400, None),
+    ("bias too strong", {**CHAT, "logit_bias": {"5": 101}}, 400, None),
+    ("bias outside", {**CHAT, "logit_bias": {"300": 1}}, 400, "logit_bias"),
+    ("bias twice", {**CHAT, "logit_bias": {"5": 1, "05": 2}}, 400, "logit_bias"),
+    ("biases too many", {**CHAT, "logit_bias": {str(i): 1 for i in range(1025)}}, 400, None),
+    ("priority out of bounds", {**CHAT, "priority": 1001}, 400, "priority"),
+    ("salt empty", {**CHAT, "cache_salt": ""}, 400, "cache_salt"),
     ("too long a chat", said("a" * 5000), 400, "messages"),
     ("a chat over context", said("@" * 600), 400, None),
 ]
@@ -122,11 +147,12 @@ TEXTS: list[tuple[str, Any, int, str | None]] = [
     ("prompt over context", {**TEXT, "prompt": [9] * 500}, 400, None),
     ("one token over context", {**TEXT, "prompt": [9] * 500, "max_tokens": 13}, 400, None),
     ("prompt over characters", {**TEXT, "prompt": "a" * 5000}, 400, "prompt"),
-    ("echo", {**TEXT, "echo": True}, 400, "echo"),
-    ("best of", {**TEXT, "best_of": 2}, 400, "best_of"),
+    ("echo a text", {**TEXT, "echo": "yes"}, 400, "echo"),
+    ("best of", {**TEXT, "best_of": 2}, 400, None),
+    ("choices too many", {**TEXT, "prompt": ["a"] * 65, "n": 2}, 400, "n"),
     ("suffix", {**TEXT, "suffix": "x"}, 400, "suffix"),
-    ("log probabilities", {**TEXT, "logprobs": 1}, 400, "logprobs"),
-    ("logprobs zero is a wish too", {**TEXT, "logprobs": 0}, 400, "logprobs"),
+    ("logprobs too many", {**TEXT, "logprobs": 21}, 400, "logprobs"),
+    ("logprobs a bool", {**TEXT, "logprobs": True}, 400, "logprobs"),
     ("messages", {**TEXT, "messages": USER}, 400, "messages"),
 ]
 RAW: list[tuple[str, bytes, dict[str, str], int]] = [
@@ -260,7 +286,8 @@ def test_a_wrong_route_is_refused(hub: FakeHub, method: str, path: str, status: 
 
 
 def test_neutral_values_of_what_is_not_served_are_accepted(hub: FakeHub) -> None:
-    neutral = {name: values[-1] for name, values in UNSUPPORTED.items()}
+    refused = set(UNSUPPORTED) - set(ChatRequest.model_fields)
+    neutral = {name: UNSUPPORTED[name][-1] for name in refused}
     ignored = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
     nulls = {"stop": None, "seed": None, "temperature": None, "max_tokens": None}
     body = {**CHAT, **neutral, **ignored, **nulls}

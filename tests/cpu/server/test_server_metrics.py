@@ -78,7 +78,7 @@ def test_requests_are_counted_by_outcome(folder: Path) -> None:
             for body in (
                 {"model": "m", "prompt": [[5], [5, 5]]},
                 {"model": "m", "prompt": [5], "stream": True},
-                {"model": "m", "prompt": [5], "n": 3},
+                {"model": "m", "prompt": [5], "n": 300},
                 {"model": "made up", "prompt": [5]},
             ):
                 await client.post("/v1/completions", json=body)

@@ -124,9 +124,9 @@ def test_errors_have_their_types(folder: Path) -> None:
         with pytest.raises(openai.BadRequestError) as bad:
             await create(model="m", messages=USER, temperature=9)
         assert bad.value.param == "temperature"
-        with pytest.raises(openai.BadRequestError) as tools:
-            await create(model="m", messages=USER, n=2)
-        assert tools.value.code == "unsupported_parameter"
+        with pytest.raises(openai.BadRequestError) as audio:
+            await create(model="m", messages=USER, modalities=["audio"])
+        assert audio.value.code == "unsupported_parameter"
         for stream in (False, True):
             with pytest.raises(openai.RateLimitError) as limit:
                 await create(model="m", messages=USER, stream=stream)
