@@ -15,13 +15,51 @@ import numpy as np
 SPECIALS = ("<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")
 BOS_ID, EOS_ID, END_ID = 1, 2, 5
 SAFETENSORS_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+ROPES: dict[str, dict[str, Any] | None] = {
+    "default": None,
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 64},
 }
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+FAMILY_CONFIG: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False},
+    "gemma2": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 8.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 24,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 1000.0,
+    },
+    "phi3": {"pad_token_id": 0},
+}
+"""What a family's config.json says beyond the common keys."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|assistant|>' if message['role'] == 'assistant' else '<|user|>' }}"
@@ -56,13 +94,16 @@ def tiny_checkpoint(
 ) -> Path:
     """Write a model into `folder` (made if absent) and return it.
 
-    rope_style "v4" writes rope_theta and rope_scaling, "v5" rope_parameters. head_dim None is
-    hidden // heads and leaves the key out of config.json.
+    family: a key of CLASSES. rope: a key of ROPES. rope_style "v4" writes rope_theta and
+    rope_scaling, "v5" rope_parameters. head_dim None is hidden // heads and leaves the key out of
+    config.json where the class has the same default. config_extra outranks everything; the tensors
+    follow its biases.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    gemma = family.startswith("gemma")
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM" if family == "llama" else "Qwen2ForCausalLM"],
+        "architectures": [CLASSES[family]],
         "model_type": family,
         "hidden_act": "silu",
         "num_hidden_layers": layers,
@@ -78,15 +119,11 @@ def tiny_checkpoint(
         "eos_token_id": eos,
         "torch_dtype" if rope_style == "v4" else "dtype": dtype,
     }
-    if head_dim is not None:
-        config["head_dim"] = head_dim
-    if family == "qwen2":
-        config["use_sliding_window"] = False
-    scaling = LLAMA3_ROPE if rope == "llama3" else None
-    if rope_style == "v4":
-        config |= {"rope_theta": theta, "rope_scaling": scaling}
-    else:
-        config["rope_parameters"] = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+    if head_dim is not None or family == "qwen3" or gemma:
+        config["head_dim"] = head_dim or hidden // heads
+    config |= FAMILY_CONFIG.get(family, {}) | (config_extra or {})
+    size = head_dim or hidden // heads
+    config |= _rope_config(family, rope, rope_style, theta, size, config)
     _write_json(folder / "config.json", config | (config_extra or {}))
     _write_json(
         folder / "generation_config.json",
@@ -94,7 +131,12 @@ def tiny_checkpoint(
     )
     tensors = random_tensors(
         np.random.default_rng(seed),
-        qkv_bias=family == "qwen2",
+        qkv_bias=family == "qwen2" or bool(config.get("attention_bias")),
+        o_bias=bool(config.get("attention_bias")),
+        mlp_bias=bool(config.get("mlp_bias")),
+        qk_norm=family in ("qwen3", "gemma3"),
+        gemma=gemma,
+        fused=family == "phi3",
         layers=layers,
         hidden=hidden,
         heads=heads,
@@ -110,6 +152,31 @@ def tiny_checkpoint(
     return folder
 
 
+def _rope_config(
+    family: str, rope: str, style: str, theta: float, head_dim: int, config: dict[str, Any]
+) -> dict[str, Any]:
+    """The keys of a rotary embedding in one of the two spellings."""
+    scaling = ROPES[rope]
+    if rope == "longrope":
+        pairs = int(head_dim * config.get("partial_rotary_factor", 1.0)) // 2
+        scaling = {
+            **(scaling or {}),
+            "short_factor": [1.0 + 0.05 * i for i in range(pairs)],
+            "long_factor": [1.5 + 0.5 * i for i in range(pairs)],
+        }
+        if family == "phi3":
+            config["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    if style == "v4":
+        return {"rope_theta": theta, "rope_scaling": scaling}
+    parameters = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+    if family == "phi3":
+        parameters["partial_rotary_factor"] = config.get("partial_rotary_factor", 1.0)
+    if family != "gemma3":
+        return {"rope_parameters": parameters}
+    local = {"rope_type": "default", "rope_theta": config.pop("rope_local_base_freq")}
+    return {"rope_parameters": {"full_attention": parameters, "sliding_attention": local}}
+
+
 def random_tensors(
     rng: np.random.Generator,
     *,
@@ -122,9 +189,19 @@ def random_tensors(
     intermediate: int,
     vocab: int,
     tied: bool,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    gemma: bool = False,
+    fused: bool = False,
 ) -> dict[str, np.ndarray]:
     """Float32 weights under Hugging Face names. Normed inputs have unit variance, so a matrix of
-    std s / sqrt(in) gives outputs of std s."""
+    std s / sqrt(in) gives outputs of std s.
+
+    gemma: norms around the branches too, all as weight + 1, embeddings that are scaled up.
+    fused: one matrix for Q, K and V, one for gate and up (Phi-3).
+    """
+    one = 0.0 if gemma else 1.0
 
     def matrix(rows: int, columns: int, std: float) -> np.ndarray:
         return (rng.standard_normal((rows, columns)) * (std / columns**0.5)).astype(np.float32)
@@ -135,7 +212,8 @@ def random_tensors(
     # Scores get a std of 2 * 2 = 4: sharp, else attention over a long context averages to nothing
     # and the answer falls into a loop. Branches outweigh the embedding, else a tied model repeats
     # its last token.
-    tensors = {"model.embed_tokens.weight": matrix(vocab, hidden, hidden**0.5 * 0.3)}
+    spread = 0.3 if gemma else hidden**0.5 * 0.3
+    tensors = {"model.embed_tokens.weight": matrix(vocab, hidden, spread)}
     for i in range(layers):
         name = f"model.layers.{i}"
         for part, out in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
@@ -147,12 +225,32 @@ def random_tensors(
         tensors[f"{name}.mlp.gate_proj.weight"] = matrix(intermediate, hidden, 1.5)
         tensors[f"{name}.mlp.up_proj.weight"] = matrix(intermediate, hidden, 1.5)
         tensors[f"{name}.mlp.down_proj.weight"] = matrix(hidden, intermediate, 1.5)
-        tensors[f"{name}.input_layernorm.weight"] = vector(hidden, 1.0, 0.1)
-        tensors[f"{name}.post_attention_layernorm.weight"] = vector(hidden, 1.0, 0.1)
-    tensors["model.norm.weight"] = vector(hidden, 1.0, 0.1)
+        tensors[f"{name}.input_layernorm.weight"] = vector(hidden, one, 0.1)
+        tensors[f"{name}.post_attention_layernorm.weight"] = vector(hidden, one, 0.1)
+        if gemma:
+            tensors[f"{name}.pre_feedforward_layernorm.weight"] = vector(hidden, one, 0.1)
+            tensors[f"{name}.post_feedforward_layernorm.weight"] = vector(hidden, one, 0.1)
+        if qk_norm:
+            for part in "qk":
+                weight = vector(head_dim, one + 1.0, 0.1)
+                tensors[f"{name}.self_attn.{part}_norm.weight"] = weight
+        if o_bias:
+            tensors[f"{name}.self_attn.o_proj.bias"] = vector(hidden, 0.0, 0.5)
+        if mlp_bias:
+            for part, size in (("gate", intermediate), ("up", intermediate), ("down", hidden)):
+                tensors[f"{name}.mlp.{part}_proj.bias"] = vector(size, 0.0, 0.5)
+        if fused:
+            _fuse(tensors, f"{name}.self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+            _fuse(tensors, f"{name}.mlp", ("gate_proj", "up_proj"), "gate_up_proj")
+    tensors["model.norm.weight"] = vector(hidden, one, 0.1)
     if not tied:
         tensors["lm_head.weight"] = matrix(vocab, hidden, 3.0)
     return tensors
+
+
+def _fuse(tensors: dict[str, np.ndarray], name: str, parts: tuple[str, ...], fused: str) -> None:
+    rows = [tensors.pop(f"{name}.{part}.weight") for part in parts]
+    tensors[f"{name}.{fused}.weight"] = np.concatenate(rows)
 
 
 def write_safetensors_model(

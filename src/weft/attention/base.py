@@ -74,6 +74,21 @@ class KvView:
         return cls(flat.view(count, num_layers, 2, page_tokens, num_kv_heads, head_dim))
 
 
+@dataclass(frozen=True)
+class AttentionParams:
+    """How a layer attends. Hashable; one object a layer, made once."""
+
+    scale: float | None = None
+    """Scores are multiplied by it; None: 1 / sqrt(D)."""
+    window: int = 0
+    """A token sees the last so many tokens, itself included; 0: all."""
+    cap: float | None = None
+    """Scaled scores s become cap * tanh(s / cap)."""
+
+
+PLAIN_ATTENTION = AttentionParams()
+
+
 class AttentionBackend(Protocol):
     """`plan` once per step, then `run` once per layer in order. One object per lane: a plan lives
     until the next one."""
@@ -89,10 +104,11 @@ class AttentionBackend(Protocol):
         k_TGD: torch.Tensor,
         v_TGD: torch.Tensor,
         kv: KvView,
+        params: AttentionParams = PLAIN_ATTENTION,
     ) -> torch.Tensor:
         """Write the step's K (after rotary) and V into the pool, then attend causally: the token
-        at position p of a row sees positions 0 .. p of that row. Scores are scaled by
-        1 / sqrt(D). Query head h reads KV head h // (Q / G). Returns [T, Q, D], contiguous.
+        at position p of a row sees positions 0 .. p of that row, or the last `params.window` of
+        them. Query head h reads KV head h // (Q / G). Returns [T, Q, D], contiguous.
 
         A row's result depends on its own tokens and cache alone.
         """

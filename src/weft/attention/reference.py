@@ -8,11 +8,18 @@ Shape legend: n rows of a group, t tokens each, C padded context tokens, p pages
 page, T tokens of the step, Q query heads, G KV heads, q = Q / G, D head dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from weft.attention.base import ForwardBatch, KvView, store_kv, token_places
+from weft.attention.base import (
+    PLAIN_ATTENTION,
+    AttentionParams,
+    ForwardBatch,
+    KvView,
+    store_kv,
+    token_places,
+)
 
 MIN_BUCKET_TOKENS = 64
 MAX_DOUBLED_TOKENS = 512
@@ -26,10 +33,18 @@ class _Group:
     """int64 [n * t]: the group's tokens in the step; None: all of them, in order."""
     pages: torch.Tensor
     """int64 [n * p]; past a row's last page that page again, never one that is not the row's."""
-    hidden: torch.Tensor
-    """bool [n, 1, 1, t, C]: positions a token may not see."""
+    ahead: torch.Tensor
+    """int64 [n, 1, 1, t, C]: how many positions a key lies after the query; negative: before."""
     stale: torch.Tensor
     """bool [n, 1, C, 1]: positions that hold no K and V of the row."""
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def hidden(self, window: int) -> torch.Tensor:
+        """bool [n, 1, 1, t, C]: positions a token may not see. Made once per window."""
+        if window not in self.masks:
+            hidden = self.ahead > 0
+            self.masks[window] = hidden | (self.ahead <= -window) if window else hidden
+        return self.masks[window]
 
 
 def bucket_pages(context_tokens: int, page_tokens: int) -> int:
@@ -68,16 +83,17 @@ class ReferenceAttention:
         k_TGD: torch.Tensor,
         v_TGD: torch.Tensor,
         kv: KvView,
+        params: AttentionParams = PLAIN_ATTENTION,
     ) -> torch.Tensor:
         assert self._places is not None, "plan() comes first"
         store_kv(self._places, layer, k_TGD, v_TGD, kv)
         out_TQD: torch.Tensor | None = None
         for group in self._groups:
             if group.tokens is None:
-                return _attend(group, layer, q_TQD, kv)
+                return _attend(group, layer, q_TQD, kv, params)
             if out_TQD is None:
                 out_TQD = torch.empty_like(q_TQD, memory_format=torch.contiguous_format)
-            out = _attend(group, layer, q_TQD.index_select(0, group.tokens), kv)
+            out = _attend(group, layer, q_TQD.index_select(0, group.tokens), kv, params)
             out_TQD.index_copy_(0, group.tokens, out)
         assert out_TQD is not None, "a step has rows"
         return out_TQD
@@ -106,12 +122,14 @@ def _plan_group(
         num_tokens=count,
         tokens=tokens,
         pages=pages_np.flatten(),
-        hidden=(position_C[None, None] > query_nt[:, :, None])[:, None, None],
+        ahead=(position_C[None, None] - query_nt[:, :, None])[:, None, None],
         stale=(position_C[None] >= lengths_n[:, None])[:, None, :, None],
     )
 
 
-def _attend(group: _Group, layer: int, q: torch.Tensor, kv: KvView) -> torch.Tensor:
+def _attend(
+    group: _Group, layer: int, q: torch.Tensor, kv: KvView, params: AttentionParams
+) -> torch.Tensor:
     """[n * t, Q, D] queries -> [n * t, Q, D] outputs, contiguous."""
     rows, count, (heads, dim) = group.num_rows, group.num_tokens, q.shape[1:]
     kv_heads = kv.pages.shape[4]
@@ -125,9 +143,12 @@ def _attend(group: _Group, layer: int, q: torch.Tensor, kv: KvView) -> torch.Ten
     # [n, t, G, q, D] -> [n * G, q * t, D]
     q = q.view(rows, count, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
     q = q.reshape(rows * kv_heads, -1, dim)
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(dim**-0.5)
+    scale = dim**-0.5 if params.scale is None else params.scale
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    if params.cap is not None:
+        scores = scores.div_(params.cap).tanh_().mul_(params.cap)
     scores = scores.view(rows, kv_heads, -1, count, context)
-    scores = scores.masked_fill_(group.hidden, float("-inf"))
+    scores = scores.masked_fill_(group.hidden(params.window), float("-inf"))
     wide = scores.dtype if scores.dtype == torch.float64 else torch.float32
     weights = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
     out = torch.bmm(weights.view(rows * kv_heads, -1, context), v)

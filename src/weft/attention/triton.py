@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from weft.attention.base import ForwardBatch, KvView
+from weft.attention.base import PLAIN_ATTENTION, AttentionParams, ForwardBatch, KvView
 from weft.kernels.elementwise import store_kv
 from weft.kernels.paged_attention import (
     ChunkBlocks,
@@ -88,6 +88,7 @@ class TritonAttention:
         k_TGD: torch.Tensor,
         v_TGD: torch.Tensor,
         kv: KvView,
+        params: AttentionParams = PLAIN_ATTENTION,
     ) -> torch.Tensor:
         batch = self._batch
         assert batch is not None, "plan() was not called"
@@ -100,11 +101,16 @@ class TritonAttention:
             k_TGD, v_TGD, pages, batch.positions, batch.token_rows, batch.slots, batch.page_table
         )
         out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype, device=q_TQD.device)
-        scale = q_TQD.shape[2] ** -0.5
+        how = {
+            "scale": q_TQD.shape[2] ** -0.5 if params.scale is None else params.scale,
+            "window": params.window,
+            "cap": params.cap,
+        }
         if decode is not None:
             rows = decode.slot.shape[0]
+            seen = min(decode.longest, params.window or decode.longest)
             splits = self._splits or decode_splits(
-                rows, k_TGD.shape[1], decode.longest, num_sms=self._num_sms
+                rows, k_TGD.shape[1], seen, num_sms=self._num_sms
             )
             if splits > 1:
                 self._reserve(rows * splits * q_TQD.shape[1], q_TQD.shape[2], q_TQD.device)
@@ -116,13 +122,13 @@ class TritonAttention:
                 decode.start,
                 decode.query,
                 out_TQD,
-                scale=scale,
                 splits=splits,
                 partial=self._partial,
                 partial_lse=self._partial_lse,
+                **how,
             )
         if chunks is not None:
-            chunk_attention(q_TQD, pages, batch.page_table, chunks, out_TQD, scale=scale)
+            chunk_attention(q_TQD, pages, batch.page_table, chunks, out_TQD, **how)
         return out_TQD
 
     def _reserve(self, pieces: int, head_dim: int, device: torch.device) -> None:

@@ -14,21 +14,43 @@ DType = Literal["bfloat16", "float16", "float32", "float64"]
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
-class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary embedding: `default`, or `llama3` frequency scaling (Llama 3.1)."""
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+Family = Literal["llama", "qwen2", "mistral", "qwen3", "gemma2", "gemma3", "phi3"]
+Activation = Literal["silu", "gelu_tanh"]
 
-    kind: Literal["default", "llama3"] = "default"
+
+class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary embedding, in the words of transformers' rope kinds. What a kind does not use keeps
+    its default. The frequencies are worked out in `models.rope`."""
+
+    kind: RopeKind = "default"
     theta: float = 10000.0
+    rotary_dim: int = 0
+    """Leading dimensions of a head that are rotated; 0: all of them."""
     factor: float = 1.0
+    attention_factor: float = 1.0
+    """cos and sin are multiplied by it (yarn, longrope)."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    """Longest context before it was stretched (dynamic: `max_position` itself)."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """yarn: round the ends of its ramp to whole dimensions."""
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    """longrope: divisors of the frequencies, for contexts up to the original length and beyond."""
 
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a forward pass needs besides weights. Built from config.json, never executed."""
+    """Everything a forward pass needs besides weights. Built from config.json, never executed.
 
-    family: Literal["llama", "qwen2"]
+    Model classes differ in these values only; the decoder asks nobody's name.
+    """
+
+    family: Family
+    """Whose tensor names the checkpoint uses (`models.names`)."""
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -39,10 +61,41 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     max_position: int
     norm_eps: float
     rope: RopeSpec
+    local_rope: RopeSpec | None = None
+    """Of layers with a window; None: the same as of all others."""
+    windows: tuple[int, ...] = ()
+    """Per layer how many tokens a token sees, itself included; 0: all before it. (): all 0."""
     qkv_bias: bool
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """Queries and keys are normed per head before they are rotated."""
+    branch_norms: bool = False
+    """What attention and MLP give is normed before it is added to the residual."""
+    norm_offset: float = 0.0
+    """Norms multiply by weight + norm_offset."""
+    activation: Activation = "silu"
+    embed_scale: float = 1.0
+    attention_scale: float | None = None
+    """Scores are multiplied by it; None: 1 / sqrt(head_dim)."""
+    attention_cap: float | None = None
+    """Scores s become cap * tanh(s / cap)."""
+    logit_cap: float | None = None
+    """The same for logits."""
     tied_embeddings: bool
     dtype: DType
     """Dtype of weights, activations and KV on the device."""
+
+    def window(self, layer: int) -> int:
+        """Tokens that a token of this layer sees; 0: all."""
+        return self.windows[layer] if self.windows else 0
+
+    @property
+    def longest_context(self) -> int:
+        """The longest context that can be asked for. Beyond `max_position` (what is served unless
+        somebody asks) only a dynamic rope goes."""
+        stretch = self.rope.factor if self.rope.kind == "dynamic" else 1.0
+        return int(self.max_position * stretch)
 
     @property
     def group_size(self) -> int:
@@ -106,7 +159,7 @@ def model_spec(
         num_layers=arch.num_layers,
         page_tokens=tokens,
         page_bytes=tokens * arch.kv_bytes_per_token,
-        max_context_tokens=min(max_context_tokens or arch.max_position, arch.max_position),
+        max_context_tokens=min(max_context_tokens or arch.max_position, arch.longest_context),
         eos_ids=eos_ids,
         vocab_size=arch.vocab_size,
         pinned=pinned,

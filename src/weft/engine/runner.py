@@ -88,7 +88,9 @@ def bind_model(
         asked = -(-spec.max_context_tokens // spec.page_tokens)
         max_pages = max(1, min(asked, kv_bytes.numel() // spec.page_bytes))
         max_tokens = min(spec.max_context_tokens, max_pages * spec.page_tokens)
-        decoder = make_decoder(arch, weights, max_tokens=max_tokens)
+        decoder = make_decoder(
+            arch, weights, max_tokens=max_tokens, context_tokens=spec.max_context_tokens
+        )
         return BoundModel(
             spec=spec,
             arch=arch,

@@ -3,13 +3,15 @@
 All arithmetic is float32, rounded to the model's dtype where the torch twins
 (`models.ops.TorchOps`, `attention.base.store_kv`) round last.
 
-Shapes: T tokens, H hidden size, Q query heads, G KV heads, D head dim, E = D / 2,
+Shapes: T tokens, H hidden size, Q query heads, G KV heads, D head dim, E rotary dim / 2,
 I intermediate size, B gate/up blocks, N page tokens.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from weft.core.model import Activation
 
 
 @triton.jit
@@ -25,8 +27,10 @@ def _norm_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
-    """Grid (T,). out = norm(x [+ residual]) * weight; with ADD the sum goes to residual."""
+    """Grid (T,). out = norm(x [+ residual]) * (weight + OFFSET); with ADD the sum goes to
+    residual. Without an offset the normed x is rounded before the product, as transformers does."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
@@ -41,7 +45,10 @@ def _norm_kernel(
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-    out = weight.to(tl.float32) * (wide * scale).to(x.dtype).to(tl.float32)
+    if OFFSET == 0.0:
+        out = weight.to(tl.float32) * (wide * scale).to(x.dtype).to(tl.float32)
+    else:
+        out = (weight.to(tl.float32) + OFFSET) * (wide * scale)
     tl.store(out_ptr + token * out_stride + at, out.to(x.dtype), mask=inside)
 
 
@@ -59,11 +66,14 @@ def _rotary_kernel(
     k_token_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):
-    """Grid (T, G). Heads 0 .. GROUP of KV head g: GROUP queries, then its key."""
+    """Grid (T, G). Heads 0 .. GROUP of KV head g: GROUP queries, then its key. The first 2 * HALF
+    dimensions are rotated, the rest is copied."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     head = tl.arange(0, BLOCK_N)[:, None]
@@ -76,26 +86,35 @@ def _rotary_kernel(
     sin = tl.load(sin_ptr + token * table_stride + at, mask=at < HALF, other=0.0).to(tl.float32)
     new_low = (low * cos - high * sin).to(q_ptr.dtype.element_ty)
     new_high = (high * cos + low * sin).to(q_ptr.dtype.element_ty)
-    q = q_ptr + (token * KV_HEADS * GROUP + group * GROUP + head) * (2 * HALF) + at
+    q_heads = q_ptr + (token * KV_HEADS * GROUP + group * GROUP + head) * HEAD_DIM
     is_q = inside & (head < GROUP)
-    tl.store(q, new_low, mask=is_q)
-    tl.store(q + HALF, new_high, mask=is_q)
-    k = k_ptr + token * k_token_stride + group * (2 * HALF) + at + head * 0
+    tl.store(q_heads + at, new_low, mask=is_q)
+    tl.store(q_heads + at + HALF, new_high, mask=is_q)
+    k_head = k_ptr + token * k_token_stride + group * HEAD_DIM + head * 0
     is_k = inside & (head == GROUP)
-    tl.store(k, new_low, mask=is_k)
-    tl.store(k + HALF, new_high, mask=is_k)
+    tl.store(k_head + at, new_low, mask=is_k)
+    tl.store(k_head + at + HALF, new_high, mask=is_k)
+    if 2 * HALF < HEAD_DIM:
+        rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+        inside = (head <= GROUP) & (rest < HEAD_DIM)
+        x = x_ptr + token * x_token_stride + group * x_group_stride + head * x_head_stride
+        kept = tl.load(x + rest, mask=inside, other=0.0)
+        tl.store(q_heads + rest, kept, mask=inside & (head < GROUP))
+        tl.store(k_head + rest, kept, mask=inside & (head == GROUP))
 
 
 @triton.jit
-def _silu_kernel(
+def _act_kernel(
     x_ptr,
     out_ptr,
     x_stride,
     SIZE: tl.constexpr,
     PART: tl.constexpr,
     BLOCK: tl.constexpr,
+    GELU: tl.constexpr,
 ):
-    """Grid (T, ceil(I / BLOCK)). x [T, B, 2, PART]: per block gate, then up."""
+    """Grid (T, ceil(I / BLOCK)). x [T, B, 2, PART]: per block gate, then up. silu, or with GELU
+    the tanh form of gelu: both are gate * sigmoid of something."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE
@@ -103,7 +122,11 @@ def _silu_kernel(
     gate = tl.load(x, mask=inside, other=0.0)
     up = tl.load(x + PART, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    inner = wide
+    if GELU:
+        # (1 + tanh(z)) / 2 = sigmoid(2 z), z = sqrt(2 / pi) * (x + 0.044715 x^3)
+        inner = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)
+    active = (wide / (1.0 + tl.exp(-inner))).to(gate.dtype)
     out = active.to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + token * SIZE + at, out.to(gate.dtype), mask=inside)
 
@@ -150,7 +173,11 @@ def _warps(block: int) -> int:
 
 
 def _norm(
-    x_TH: torch.Tensor, residual_TH: torch.Tensor | None, weight_H: torch.Tensor, eps: float
+    x_TH: torch.Tensor,
+    residual_TH: torch.Tensor | None,
+    weight_H: torch.Tensor,
+    eps: float,
+    offset: float,
 ) -> torch.Tensor:
     tokens, size = x_TH.shape
     out_TH = torch.empty((tokens, size), dtype=x_TH.dtype, device=x_TH.device)
@@ -170,6 +197,7 @@ def _norm(
         SIZE=size,
         BLOCK=block,
         ADD=residual_TH is not None,
+        OFFSET=offset,
         num_warps=_warps(block),
     )
     return out_TH
@@ -178,14 +206,21 @@ def _norm(
 class TritonOps:
     """`models.ops.Ops` by the kernels above; for tensors with a unit stride in the last axis."""
 
-    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-        return _norm(x_TH, None, weight_H, eps)
+    def rms_norm(
+        self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0
+    ) -> torch.Tensor:
+        return _norm(x_TH, None, weight_H, eps, offset)
 
     def add_rms_norm(
-        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+        self,
+        x_TH: torch.Tensor,
+        residual_TH: torch.Tensor,
+        weight_H: torch.Tensor,
+        eps: float,
+        offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the sum into residual_TH."""
-        return _norm(x_TH, residual_TH, weight_H, eps), residual_TH
+        return _norm(x_TH, residual_TH, weight_H, eps, offset), residual_TH
 
     def rotary(
         self, x_TND: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor
@@ -193,18 +228,19 @@ class TritonOps:
         """A new contiguous tensor [T, N, D]."""
         return split_rotary(x_TND[:, :, None], cos_TE, sin_TE, group=0)[1]
 
-    def silu_mul(self, gate_up_TB2I: torch.Tensor) -> torch.Tensor:
+    def act_mul(self, gate_up_TB2I: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
         tokens, blocks, _, part = gate_up_TB2I.shape
         size = blocks * part
         out_TI = torch.empty((tokens, size), dtype=gate_up_TB2I.dtype, device=gate_up_TB2I.device)
         if tokens:
-            _silu_kernel[(tokens, triton.cdiv(size, 2048))](
+            _act_kernel[(tokens, triton.cdiv(size, 2048))](
                 gate_up_TB2I,
                 out_TI,
                 gate_up_TB2I.stride(0),
                 SIZE=size,
                 PART=part,
                 BLOCK=2048,
+                GELU=activation == "gelu_tanh",
                 num_warps=4,
             )
         return out_TI
@@ -215,9 +251,11 @@ def split_rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """heads [T, G, group + 1 or more, D]: per KV head its queries, its key, the rest untouched.
 
-    Returns the rotated q [T, G * group, D] and k [T, G, D], new and contiguous.
+    cos and sin [T, E]: the first 2 E dimensions are rotated. Returns the rotated q
+    [T, G * group, D] and k [T, G, D], new and contiguous.
     """
     tokens, kv_heads, _, head_dim = heads_TGND.shape
+    half = cos_TE.shape[1]
     kwargs = {"dtype": heads_TGND.dtype, "device": heads_TGND.device}
     q_TQD = torch.empty((tokens, kv_heads * group, head_dim), **kwargs)
     k_TGD = torch.empty((tokens, kv_heads, head_dim), **kwargs)
@@ -235,9 +273,11 @@ def split_rotary(
             k_TGD.stride(0),
             KV_HEADS=kv_heads,
             GROUP=group,
-            HALF=head_dim // 2,
+            HEAD_DIM=head_dim,
+            HALF=half,
             BLOCK_N=triton.next_power_of_2(group + 1),
-            BLOCK_E=triton.next_power_of_2(head_dim // 2),
+            BLOCK_E=triton.next_power_of_2(half),
+            BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
             num_warps=2,
         )
     return q_TQD, k_TGD

@@ -1,361 +1,27 @@
-"""Attention over paged KV: one Triton kernel for rows of one token, one for chunks, one to merge.
+"""Attention over paged KV: launchers of the kernels in `paged_attention_jit`, and their twin.
 
-Shapes: T tokens of the step, R rows, Q query heads, K KV heads, G = Q / K, D head dim,
-P pages, N page tokens, S splits. A layer's KV is a strided view [P, 2, N, K, D] of the pool
+Shapes: T tokens of the step, R rows, Q query heads, K KV heads, D head dim, P pages, N page
+tokens, S splits. A layer's KV is a strided view [P, 2, N, K, D] of the pool
 `[page][layer][K,V][token][kv head][head dim]`.
 
-A row's result is a function of its own queries, keys and values and of the launch shape (the
-number of splits and the block sizes): no atomics, no dependence on page ids or on other rows.
-Sums run over key blocks in ascending order; splits are merged in ascending order.
-
-Kernels and their launchers are longer than functions elsewhere: a kernel cannot hand its registers
-to a helper that the compiler would not inline, and most of a launcher is its list of arguments.
+A row's result is a function of its own queries, keys and values and of the launch shape. Most of a
+launcher is its list of arguments; that is why it is longer than functions elsewhere.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 
-LOG2E = math.log2(math.e)
+from weft.kernels.paged_attention_jit import chunk_kernel, decode_kernel, merge_kernel
+
 MAX_SPLITS = 64
-
-
-@triton.jit
-def _key_tile(
-    kv_ptr,
-    table_ptr,
-    n_start,
-    limit,
-    offs_d,
-    page_stride,
-    token_stride,
-    value_offset,
-    PAGE_TOKENS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Keys [D, N] and values [N, D] of positions n_start .. ; zeros at and past `limit`."""
-    offs_n = n_start + tl.arange(0, BLOCK_N)
-    in_n = offs_n < limit
-    page = tl.load(table_ptr + offs_n // PAGE_TOKENS, mask=in_n, other=0).to(tl.int64)
-    at = page * page_stride + (offs_n % PAGE_TOKENS) * token_stride
-    if HEAD_DIM == BLOCK_D:
-        k = tl.load(kv_ptr + at[None, :] + offs_d[:, None], mask=in_n[None, :], other=0.0)
-        v = tl.load(
-            kv_ptr + value_offset + at[:, None] + offs_d[None, :], mask=in_n[:, None], other=0.0
-        )
-    else:
-        in_d = offs_d < HEAD_DIM
-        k = tl.load(
-            kv_ptr + at[None, :] + offs_d[:, None],
-            mask=in_n[None, :] & in_d[:, None],
-            other=0.0,
-        )
-        v = tl.load(
-            kv_ptr + value_offset + at[:, None] + offs_d[None, :],
-            mask=in_n[:, None] & in_d[None, :],
-            other=0.0,
-        )
-    return k, v, offs_n
-
-
-# The KV range comes as an address, not as a tensor: its first granule may be unmapped while later
-# ones are in use, and a launcher that looks at the pointer would refuse it.
-# What changes from step to step must not lead to new compilations.
-@triton.jit(
-    do_not_specialize=["splits", "out_row_stride", "lse_row_stride"],
-    do_not_specialize_on_alignment=["slot_ptr", "start_ptr", "query_ptr"],
-)
-def _decode_kernel(
-    q_ptr,
-    kv_address,
-    table_ptr,
-    slot_ptr,
-    start_ptr,
-    query_ptr,
-    out_ptr,
-    lse_ptr,
-    scale_log2,
-    q_token_stride,
-    q_head_stride,
-    page_stride,
-    token_stride,
-    value_offset,
-    table_stride,
-    out_row_stride,
-    out_split_stride,
-    out_head_stride,
-    lse_row_stride,
-    lse_split_stride,
-    splits,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):
-    """Grid (R, K, S). One row, one KV head, one split of its keys.
-
-    BY_TOKEN: `out` is indexed by the row's token (the final tensor); otherwise by the row (the
-    partial results, merged afterwards).
-    """
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
-    slot = tl.load(slot_ptr + row).to(tl.int64)
-    length = tl.load(start_ptr + row) + 1
-    token = tl.load(query_ptr + row).to(tl.int64)
-    table = table_ptr + slot * table_stride
-    kv = kv_address.to(q_ptr.dtype) + head * HEAD_DIM
-
-    span = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
-    low = split * span
-    high = tl.minimum(low + span, length)
-
-    offs_g = tl.arange(0, BLOCK_G)
-    offs_d = tl.arange(0, BLOCK_D)
-    in_q = (offs_g < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    q_at = token * q_token_stride + (head * GROUP + offs_g) * q_head_stride
-    q = tl.load(q_ptr + q_at[:, None] + offs_d[None, :], mask=in_q, other=0.0)
-
-    m = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_G], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
-    for n_start in range(low, high, BLOCK_N):
-        k, v, offs_n = _key_tile(
-            kv,
-            table,
-            n_start,
-            high,
-            offs_d,
-            page_stride,
-            token_stride,
-            value_offset,
-            PAGE_TOKENS,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-        )
-        s = tl.dot(q, k, input_precision="ieee") * scale_log2
-        s = tl.where((offs_n < high)[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        shrink = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        m = m_new
-
-    # A split past the row's keys is empty: zeros with weight 2 ** -inf.
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    out = acc / total[:, None]
-    if BY_TOKEN:
-        out_at = token * out_row_stride
-        lse_at = token * lse_row_stride
-    else:
-        out_at = row.to(tl.int64) * out_row_stride + split * out_split_stride
-        lse_at = row.to(tl.int64) * lse_row_stride + split * lse_split_stride
-    offs_q = head * GROUP + offs_g
-    tl.store(
-        out_ptr + out_at + offs_q[:, None] * out_head_stride + offs_d[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=in_q,
-    )
-    if HAS_LSE:
-        # Partial results keep base 2; what callers see is natural.
-        lse = tl.where(empty, float("-inf"), m + tl.log2(total))
-        if BY_TOKEN:
-            lse = lse * 0.6931471805599453
-        tl.store(lse_ptr + lse_at + offs_q, lse, mask=offs_g < GROUP)
-
-
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["query_ptr"])
-def _merge_kernel(
-    part_ptr,
-    part_lse_ptr,
-    query_ptr,
-    out_ptr,
-    lse_ptr,
-    out_token_stride,
-    out_head_stride,
-    lse_token_stride,
-    splits,
-    Q_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):
-    """Grid (R, Q). part [R, S, Q, D] float32, part_lse [R, S, Q] float32 base 2."""
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    token = tl.load(query_ptr + row).to(tl.int64)
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, BLOCK_D)
-    in_s = offs_s < splits
-    at = (row.to(tl.int64) * splits + offs_s) * Q_HEADS + head
-    lse = tl.load(part_lse_ptr + at, mask=in_s, other=float("-inf"))
-    top = tl.max(lse, 0)
-    weight = tl.exp2(lse - top)
-    total = tl.sum(weight, 0)
-    part = tl.load(
-        part_ptr + at[:, None] * HEAD_DIM + offs_d[None, :],
-        mask=in_s[:, None] & (offs_d < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    out = tl.sum(part * weight[:, None], 0) / total
-    tl.store(
-        out_ptr + token * out_token_stride + head * out_head_stride + offs_d,
-        out.to(out_ptr.dtype.element_ty),
-        mask=offs_d < HEAD_DIM,
-    )
-    if HAS_LSE:
-        tl.store(
-            lse_ptr + token * lse_token_stride + head,
-            (top + tl.log2(total)) * 0.6931471805599453,
-        )
-
-
-@triton.jit
-def _chunk_tile(
-    q,
-    k,
-    v,
-    offs_n,
-    position,
-    m,
-    total,
-    acc,
-    scale_log2,
-    MASKED: tl.constexpr,
-):
-    s = tl.dot(q, k, input_precision="ieee") * scale_log2
-    if MASKED:
-        s = tl.where(offs_n[None, :] <= position[:, None], s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
-    shrink = tl.exp2(m - m_new)
-    p = tl.exp2(s - m_new[:, None])
-    total = total * shrink + tl.sum(p, 1)
-    acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    return m_new, total, acc
-
-
-@triton.jit(
-    do_not_specialize_on_alignment=[
-        "block_slot_ptr",
-        "block_position_ptr",
-        "block_token_ptr",
-        "block_count_ptr",
-    ]
-)
-def _chunk_kernel(
-    q_ptr,
-    kv_address,
-    table_ptr,
-    block_slot_ptr,
-    block_position_ptr,
-    block_token_ptr,
-    block_count_ptr,
-    out_ptr,
-    lse_ptr,
-    scale_log2,
-    q_token_stride,
-    q_head_stride,
-    page_stride,
-    token_stride,
-    value_offset,
-    table_stride,
-    out_token_stride,
-    out_head_stride,
-    lse_token_stride,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):
-    """Grid (blocks, K). A block is up to BLOCK_M // G consecutive tokens of one row; query m of
-    the tile is head m % G of the group at token m // G."""
-    block = tl.program_id(0)
-    head = tl.program_id(1)
-    slot = tl.load(block_slot_ptr + block).to(tl.int64)
-    first = tl.load(block_position_ptr + block)
-    token0 = tl.load(block_token_ptr + block).to(tl.int64)
-    count = tl.load(block_count_ptr + block)
-    table = table_ptr + slot * table_stride
-    kv = kv_address.to(q_ptr.dtype) + head * HEAD_DIM
-
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_t = offs_m // GROUP
-    offs_q = head * GROUP + offs_m % GROUP
-    offs_d = tl.arange(0, BLOCK_D)
-    in_m = offs_t < count
-    in_q = in_m[:, None] & (offs_d < HEAD_DIM)[None, :]
-    # Lanes past the block repeat its first position, so that no row of the tile is all masked.
-    position = first + tl.where(in_m, offs_t, 0)
-    q_at = (token0 + offs_t) * q_token_stride + offs_q * q_head_stride
-    q = tl.load(q_ptr + q_at[:, None] + offs_d[None, :], mask=in_q, other=0.0)
-
-    m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    limit = first + count
-    seen_by_all = (first + 1) // BLOCK_N * BLOCK_N
-    for n_start in range(0, seen_by_all, BLOCK_N):
-        k, v, offs_n = _key_tile(
-            kv,
-            table,
-            n_start,
-            limit,
-            offs_d,
-            page_stride,
-            token_stride,
-            value_offset,
-            PAGE_TOKENS,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-        )
-        m, total, acc = _chunk_tile(q, k, v, offs_n, position, m, total, acc, scale_log2, False)
-    for n_start in range(seen_by_all, limit, BLOCK_N):
-        k, v, offs_n = _key_tile(
-            kv,
-            table,
-            n_start,
-            limit,
-            offs_d,
-            page_stride,
-            token_stride,
-            value_offset,
-            PAGE_TOKENS,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-        )
-        m, total, acc = _chunk_tile(q, k, v, offs_n, position, m, total, acc, scale_log2, True)
-
-    out = acc / total[:, None]
-    out_at = (token0 + offs_t) * out_token_stride + offs_q * out_head_stride
-    tl.store(
-        out_ptr + out_at[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=in_q
-    )
-    if HAS_LSE:
-        lse = (m + tl.log2(total)) * 0.6931471805599453
-        tl.store(lse_ptr + (token0 + offs_t) * lse_token_stride + offs_q, lse, mask=in_m)
 
 
 def decode_splits(rows: int, num_kv_heads: int, longest: int, *, num_sms: int = 132) -> int:
     """How many pieces each row's keys are cut into: 1 where the rows alone fill the device, up to
-    MAX_SPLITS where one long row must. A function of the plan's shape only."""
+    MAX_SPLITS where one long row must. longest: most keys that a row sees. A function of the plan's
+    shape only."""
     want = -(-2 * num_sms // (rows * num_kv_heads))
     return max(1, min(want, -(-longest // 256), MAX_SPLITS))
 
@@ -411,13 +77,16 @@ def decode_attention(
     out: torch.Tensor,
     *,
     scale: float,
+    window: int = 0,
+    cap: float | None = None,
     splits: int = 1,
     partial: torch.Tensor | None = None,
     partial_lse: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> None:
     """Rows of one token: row r is token query[r] of q [T, Q, D], at position start[r], with keys
-    0 .. start[r] in the pages of page_table[slot[r]]. Writes out[query[r]] [T, Q, D].
+    0 .. start[r] (the last `window` of them; 0: all) in the pages of page_table[slot[r]]. Writes
+    out[query[r]] [T, Q, D]. Scaled scores s become cap * tanh(s / cap).
 
     kv [P, 2, N, K, D] strided; page_table int32 [slots, max_pages]; slot, start, query int32 [R].
     With splits > 1, `partial` float32 [>= R*S*Q*D] and `partial_lse` [>= R*S*Q] are scratch.
@@ -441,7 +110,7 @@ def decode_attention(
         row_stride = splits * num_q_heads
     target = out if whole else partial
     target_lse = lse if whole else partial_lse
-    _decode_kernel[(rows, num_kv_heads, splits)](
+    decode_kernel[(rows, num_kv_heads, splits)](
         q,
         kv.data_ptr(),
         page_table,
@@ -450,7 +119,9 @@ def decode_attention(
         query,
         target,
         target_lse if target_lse is not None else target,
-        scale * LOG2E,
+        scale,
+        cap or 0.0,
+        window,
         q.stride(0),
         q.stride(1),
         kv.stride(0),
@@ -471,12 +142,14 @@ def decode_attention(
         BLOCK_N=block_n,
         BY_TOKEN=whole,
         HAS_LSE=target_lse is not None,
+        HAS_WINDOW=window > 0,
+        HAS_CAP=cap is not None,
         num_warps=4,
         num_stages=3,
     )
     if whole:
         return
-    _merge_kernel[(rows, num_q_heads)](
+    merge_kernel[(rows, num_q_heads)](
         partial,
         partial_lse,
         query,
@@ -503,17 +176,20 @@ def chunk_attention(
     out: torch.Tensor,
     *,
     scale: float,
+    window: int = 0,
+    cap: float | None = None,
     lse: torch.Tensor | None = None,
 ) -> None:
     """Rows of several tokens, causal: block b is tokens token[b] .. token[b] + count[b] - 1 of
     q [T, Q, D], at positions position[b] .., of the row in slot[b], whose keys up to its own
-    position are in the pool already. Writes out [T, Q, D] there; lse as in decode_attention."""
+    position are in the pool already. Writes out [T, Q, D] there; window, cap and lse as in
+    decode_attention."""
     num_q_heads, head_dim = q.shape[1], q.shape[2]
     num_kv_heads, page_tokens = kv.shape[3], kv.shape[2]
     group = num_q_heads // num_kv_heads
     block_d = _block_d(head_dim)
     half = q.element_size() == 2 and block_d <= 128
-    _chunk_kernel[(blocks.slot.shape[0], num_kv_heads)](
+    chunk_kernel[(blocks.slot.shape[0], num_kv_heads)](
         q,
         kv.data_ptr(),
         page_table,
@@ -523,7 +199,9 @@ def chunk_attention(
         blocks.count,
         out,
         lse if lse is not None else out,
-        scale * LOG2E,
+        scale,
+        cap or 0.0,
+        window,
         q.stride(0),
         q.stride(1),
         kv.stride(0),
@@ -540,6 +218,8 @@ def chunk_attention(
         BLOCK_D=block_d,
         BLOCK_N=64 if half else 32,
         HAS_LSE=lse is not None,
+        HAS_WINDOW=window > 0,
+        HAS_CAP=cap is not None,
         num_warps=8 if half else 4,
         num_stages=3 if half else 2,
     )
@@ -554,6 +234,8 @@ def attention_torch(
     counts: list[int],
     *,
     scale: float,
+    window: int = 0,
+    cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin of both kernels in float32 (float64 if q is): rows lie one after another in
     q [T, Q, D]. Returns out [T, Q, D] in q's dtype and lse [T, Q]."""
@@ -571,8 +253,9 @@ def attention_torch(
         x = q[token : token + count].to(wide)
         s = torch.einsum("tqd,nqd->qtn", x, k) * scale
         position = torch.arange(start, length, device=q.device)
-        ahead = torch.arange(length, device=q.device)[None, :] > position[:, None]
-        s = s.masked_fill(ahead, float("-inf"))
+        ahead = torch.arange(length, device=q.device)[None, :] - position[:, None]
+        hidden = (ahead > 0) | (ahead <= -window) if window else ahead > 0
+        s = (s if cap is None else torch.tanh(s / cap) * cap).masked_fill(hidden, float("-inf"))
         lses.append(torch.logsumexp(s, dim=-1).T)
         outs.append(torch.einsum("qtn,nqd->tqd", torch.softmax(s, dim=-1), v).to(q.dtype))
         token += count

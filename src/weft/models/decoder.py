@@ -1,22 +1,24 @@
-"""The decoder of the Llama family (Llama, Yi, Qwen2): a function of (weights, inputs).
+"""The decoder of the Llama family and its relatives: a function of (weights, inputs).
+
+What tells model classes apart is data (`core.model.Architecture`); nothing here asks for a name.
 
 Shape legend: T tokens, S sampling rows, H hidden size, Q query heads, G KV heads, D head dim,
-E = D / 2, V vocabulary, I intermediate size, B gate/up blocks.
+E rotary dim / 2, V vocabulary, I intermediate size, B gate/up blocks.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from weft.attention.base import AttentionBackend, ForwardBatch, KvView
-from weft.core.model import Architecture, RopeSpec
+from weft.attention.base import AttentionBackend, AttentionParams, ForwardBatch, KvView
+from weft.core.model import Architecture
 from weft.models.layout import gate_up_blocks, image_layout
 from weft.models.linear import DenseLinear, Linear
 from weft.models.ops import Ops, TorchOps
+from weft.models.rope import rope_tables
 
-__all__ = ["Decoder", "ForwardBatch", "KvView", "rope_tables", "torch_dtype"]
+__all__ = ["Decoder", "ForwardBatch", "KvView", "torch_dtype"]
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -35,10 +37,17 @@ def torch_dtype(name: str) -> torch.dtype:
 class _Layer:
     input_norm: torch.Tensor
     qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
     o: Linear
+    attention_out_norm: torch.Tensor | None
     post_norm: torch.Tensor
     gate_up: Linear
     down: Linear
+    mlp_out_norm: torch.Tensor | None
+    attention: AttentionParams
+    rope: int
+    """Which of the decoder's rotary tables."""
 
 
 class Decoder:
@@ -54,11 +63,14 @@ class Decoder:
         weights: torch.Tensor,
         *,
         max_tokens: int | None = None,
+        context_tokens: int | None = None,
         ops: Ops | None = None,
     ) -> None:
         """weights: uint8, at least the whole image, on the device the model runs on.
 
-        max_tokens: positions the rotary table covers; default arch.max_position.
+        context_tokens: the longest context the model is served with, by its name and not by what
+        memory there is; default arch.max_position. Some rope kinds depend on it (`models.rope`).
+        max_tokens: positions the rotary tables cover; default context_tokens.
         """
         layout = image_layout(arch)
         if weights.dtype != torch.uint8 or weights.numel() < layout.num_bytes:
@@ -77,14 +89,22 @@ class Decoder:
         self._embed = views["embed"]
         self._norm = views["norm"]
         self._lm_head = views.get("lm_head", self._embed)
-        self._layers = [_layer_views(views, i) for i in range(arch.num_layers)]
-        self._cos, self._sin = rope_tables(
-            arch.rope,
-            arch.head_dim,
-            min(max_tokens or arch.max_position, arch.max_position),
-            dtype=self.dtype,
-            device=self.device,
-        )
+        self._layers = [_layer_views(views, arch, i) for i in range(arch.num_layers)]
+        context = context_tokens or arch.max_position
+        ropes = (arch.rope,) if arch.local_rope is None else (arch.rope, arch.local_rope)
+        self._ropes = [
+            rope_tables(
+                rope,
+                arch.head_dim,
+                min(max_tokens or context, context),
+                dtype=self.dtype,
+                device=self.device,
+                context_tokens=context,
+            )
+            for rope in ropes
+        ]
+        # transformers rounds this factor to the model's dtype before it multiplies.
+        self._embed_scale = float(torch.tensor(arch.embed_scale, dtype=self.dtype))
 
     def kv_view(self, range_bytes: torch.Tensor, page_tokens: int) -> KvView:
         """The model's KV range (uint8, whole virtual range) as its pages."""
@@ -116,35 +136,46 @@ class Decoder:
         announce = before_layer or _ignore
         announce(-1)
         residual_TH = self._embed[batch.token_ids]
-        cos_TE, sin_TE = self._cos[batch.positions], self._sin[batch.positions]
+        if self._embed_scale != 1.0:
+            residual_TH = residual_TH * self._embed_scale
+        ropes = [(cos[batch.positions], sin[batch.positions]) for cos, sin in self._ropes]
         delta_TH: torch.Tensor | None = None
         for i, layer in enumerate(self._layers):
             announce(i)
             x_TH, residual_TH = self._norm_after(delta_TH, residual_TH, layer.input_norm)
-            x_TH = self._attend(i, layer, x_TH, cos_TE, sin_TE, attention, kv)
+            x_TH = self._attend(i, layer, x_TH, ropes[layer.rope], attention, kv)
+            x_TH = self._norm_branch(x_TH, layer.attention_out_norm)
             x_TH, residual_TH = self._norm_after(x_TH, residual_TH, layer.post_norm)
-            delta_TH = self._mlp(layer, x_TH)
+            x_TH = self._mlp(layer, x_TH)
+            delta_TH = self._norm_branch(x_TH, layer.mlp_out_norm)
         announce(self.arch.num_layers)
         chosen = batch.sample_tokens
         assert delta_TH is not None
         x_SH, _ = self._norm_after(delta_TH[chosen], residual_TH[chosen], self._norm)
-        return torch.mm(x_SH, self._lm_head.t())[:, : self.arch.vocab_size]
+        logits_SV = torch.mm(x_SH, self._lm_head.t())[:, : self.arch.vocab_size]
+        cap = self.arch.logit_cap
+        return logits_SV if cap is None else (logits_SV / cap).tanh() * cap
 
     def _norm_after(
         self, delta_TH: torch.Tensor | None, residual_TH: torch.Tensor, weight_H: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        eps = self.arch.norm_eps
+        """The normed residual after the branch's result is added, and the new residual."""
+        eps, offset = self.arch.norm_eps, self.arch.norm_offset
         if delta_TH is None:
-            return self.ops.rms_norm(residual_TH, weight_H, eps), residual_TH
-        return self.ops.add_rms_norm(delta_TH, residual_TH, weight_H, eps)
+            return self.ops.rms_norm(residual_TH, weight_H, eps, offset), residual_TH
+        return self.ops.add_rms_norm(delta_TH, residual_TH, weight_H, eps, offset)
+
+    def _norm_branch(self, x_TH: torch.Tensor, weight_H: torch.Tensor | None) -> torch.Tensor:
+        if weight_H is None:
+            return x_TH
+        return self.ops.rms_norm(x_TH, weight_H, self.arch.norm_eps, self.arch.norm_offset)
 
     def _attend(
         self,
         index: int,
         layer: _Layer,
         x_TH: torch.Tensor,
-        cos_TE: torch.Tensor,
-        sin_TE: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionBackend,
         kv: KvView,
     ) -> torch.Tensor:
@@ -152,62 +183,59 @@ class Decoder:
         tokens, group = x_TH.shape[0], arch.group_size
         heads = layer.qkv(x_TH).view(tokens, arch.num_kv_heads, group + 2, arch.head_dim)
         v_TGD = heads[:, :, group + 1]
-        rotated = self.ops.rotary(
-            heads[:, :, : group + 1].reshape(tokens, -1, arch.head_dim), cos_TE, sin_TE
-        ).view(tokens, arch.num_kv_heads, group + 1, arch.head_dim)
+        keyed = heads[:, :, : group + 1]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            keyed = torch.cat(
+                (
+                    self._norm_heads(keyed[:, :, :group], layer.q_norm),
+                    self._norm_heads(keyed[:, :, group:], layer.k_norm),
+                ),
+                dim=2,
+            )
+        rotated = self.ops.rotary(keyed.reshape(tokens, -1, arch.head_dim), *rope)
+        rotated = rotated.view(tokens, arch.num_kv_heads, group + 1, arch.head_dim)
         q_TQD = rotated[:, :, :group].reshape(tokens, arch.num_q_heads, arch.head_dim)
-        out_TQD = attention.run(index, q_TQD, rotated[:, :, group], v_TGD, kv)
+        k_TGD = rotated[:, :, group]
+        out_TQD = attention.run(index, q_TQD, k_TGD, v_TGD, kv, layer.attention)
         return layer.o(out_TQD.view(tokens, -1))
+
+    def _norm_heads(self, heads: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
+        flat = heads.reshape(-1, heads.shape[-1])
+        normed = self.ops.rms_norm(flat, weight_D, self.arch.norm_eps, self.arch.norm_offset)
+        return normed.view(heads.shape)
 
     def _mlp(self, layer: _Layer, x_TH: torch.Tensor) -> torch.Tensor:
         blocks = layer.gate_up(x_TH).view(x_TH.shape[0], self._blocks, 2, -1)
-        return layer.down(self.ops.silu_mul(blocks))
+        return layer.down(self.ops.act_mul(blocks, self.arch.activation))
 
 
-def rope_tables(
-    rope: RopeSpec,
-    head_dim: int,
-    num_positions: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [num_positions, head_dim / 2] in `dtype`: float32 arithmetic rounded to `dtype`
-    as in transformers, except that float64 is computed in float64.
-
-    The llama3 kind stretches low frequencies (Llama 3.1; transformers' rope init "llama3").
-    """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    exponent = torch.arange(0, head_dim, 2, dtype=wide) / head_dim
-    frequency = 1.0 / (rope.theta**exponent)
-    if rope.kind == "llama3":
-        frequency = _llama3_frequencies(rope, frequency)
-    angle = torch.arange(num_positions, dtype=wide)[:, None] * frequency[None, :]
-    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
-
-
-def _llama3_frequencies(rope: RopeSpec, frequency: torch.Tensor) -> torch.Tensor:
-    low, high, old = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position
-    wavelength = 2 * math.pi / frequency
-    smooth = (old / wavelength - low) / (high - low)
-    blended = (1 - smooth) * frequency / rope.factor + smooth * frequency
-    scaled = torch.where(wavelength > old / low, frequency / rope.factor, frequency)
-    medium = (wavelength >= old / high) & (wavelength <= old / low)
-    return torch.where(medium, blended, scaled)
-
-
-def _layer_views(views: dict[str, torch.Tensor], index: int) -> _Layer:
+def _layer_views(views: dict[str, torch.Tensor], arch: Architecture, index: int) -> _Layer:
     def view(name: str) -> torch.Tensor:
         return views[f"layers.{index}.{name}"]
 
-    bias = views.get(f"layers.{index}.qkv_bias")
+    def maybe(name: str) -> torch.Tensor | None:
+        return views.get(f"layers.{index}.{name}")
+
+    def flat(name: str) -> torch.Tensor | None:
+        bias = maybe(name)
+        return None if bias is None else bias.flatten()
+
+    window = arch.window(index)
     return _Layer(
         input_norm=view("input_norm"),
-        qkv=DenseLinear(view("qkv").flatten(0, 1), None if bias is None else bias.flatten()),
-        o=DenseLinear(view("o"), transposed=True),
+        qkv=DenseLinear(view("qkv").flatten(0, 1), flat("qkv_bias")),
+        q_norm=maybe("q_norm"),
+        k_norm=maybe("k_norm"),
+        o=DenseLinear(view("o"), flat("o_bias"), transposed=True),
+        attention_out_norm=maybe("attention_out_norm"),
         post_norm=view("post_norm"),
-        gate_up=DenseLinear(view("gate_up").flatten(0, 2)),
-        down=DenseLinear(view("down"), transposed=True),
+        gate_up=DenseLinear(view("gate_up").flatten(0, 2), flat("gate_up_bias")),
+        down=DenseLinear(view("down"), flat("down_bias"), transposed=True),
+        mlp_out_norm=maybe("mlp_out_norm"),
+        attention=AttentionParams(
+            scale=arch.attention_scale, window=window, cap=arch.attention_cap
+        ),
+        rope=1 if window and arch.local_rope is not None else 0,
     )
 
 

@@ -27,6 +27,7 @@ from weft.models.layout import (
     TensorEntry,
     image_layout,
 )
+from weft.models.names import expected_tensors, sources
 from weft.models.safetensors_file import Checkpoint, open_checkpoint
 
 __all__ = [
@@ -55,29 +56,6 @@ class _Piece(NamedTuple):
     source_dtype: str
     dest: np.ndarray
     dest_dtype: str
-
-
-def expected_tensors(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Names and shapes a checkpoint of `arch` must have, in the order the image needs them."""
-    hidden, inner, vocab = arch.hidden_size, arch.intermediate_size, arch.vocab_size
-    queries, keys = arch.num_q_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for i in range(arch.num_layers):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
-        for part, rows in (("q", queries), ("k", keys), ("v", keys)):
-            shapes[f"{layer}.self_attn.{part}_proj.weight"] = (rows, hidden)
-            if arch.qkv_bias:
-                shapes[f"{layer}.self_attn.{part}_proj.bias"] = (rows,)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, queries)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-        shapes[f"{layer}.mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[f"{layer}.mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
-    shapes["model.norm.weight"] = (hidden,)
-    if not arch.tied_embeddings:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
 
 
 def check_tensors(checkpoint: Checkpoint, arch: Architecture) -> None:
@@ -167,36 +145,35 @@ def _pieces(
         raw = image[entry.offset : entry.offset + entry.num_bytes]
         return raw.view(_NUMPY[entry.dtype]).reshape(entry.shape)
 
-    def cut(target: np.ndarray, name: str, *, transpose: bool = False) -> Iterator[_Piece]:
+    places = sources(arch)
+
+    def cut(target: np.ndarray, part: str, *, transpose: bool = False) -> Iterator[_Piece]:
+        name, first, shape = places[part]
         checkpoint.will_need(name)
-        source = checkpoint.array(name)
+        source = checkpoint.array(name)[first : first + shape[0]]
         source = source.T if transpose else source.reshape(target.shape)
         return _cut(source, checkpoint.tensors[name].dtype, target, arch.dtype)
 
     vocab, group, dim = arch.vocab_size, arch.group_size, arch.head_dim
-    yield from _padding(dest("embed")[vocab:], arch.dtype)
-    yield from cut(dest("embed")[:vocab], "model.embed_tokens.weight")
-    for i in range(arch.num_layers):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        yield from cut(dest(f"{ours}.input_norm"), f"{theirs}.input_layernorm.weight")
-        for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
-            target = dest(f"{ours}.qkv" if kind == "weight" else f"{ours}.qkv_bias")
-            for part, rows in (
-                ("q", slice(0, group * dim)),
-                ("k", slice(group * dim, (group + 1) * dim)),
-                ("v", slice((group + 1) * dim, (group + 2) * dim)),
-            ):
-                yield from cut(target[:, rows], f"{theirs}.self_attn.{part}_proj.{kind}")
-        yield from cut(dest(f"{ours}.o"), f"{theirs}.self_attn.o_proj.weight", transpose=True)
-        yield from cut(dest(f"{ours}.post_norm"), f"{theirs}.post_attention_layernorm.weight")
-        gate_up = dest(f"{ours}.gate_up")
-        yield from cut(gate_up[:, 0], f"{theirs}.mlp.gate_proj.weight")
-        yield from cut(gate_up[:, 1], f"{theirs}.mlp.up_proj.weight")
-        yield from cut(dest(f"{ours}.down"), f"{theirs}.mlp.down_proj.weight", transpose=True)
-    yield from cut(dest("norm"), "model.norm.weight")
-    if not arch.tied_embeddings:
-        yield from _padding(dest("lm_head")[vocab:], arch.dtype)
-        yield from cut(dest("lm_head")[:vocab], "lm_head.weight")
+    rows_of = {
+        "q": slice(0, group * dim),
+        "k": slice(group * dim, (group + 1) * dim),
+        "v": slice((group + 1) * dim, (group + 2) * dim),
+    }
+    for name in layout.tensors:
+        target = dest(name)
+        layer, _, own = name.rpartition(".")
+        if own in ("embed", "lm_head"):
+            yield from _padding(target[vocab:], arch.dtype)
+            yield from cut(target[:vocab], name)
+        elif own in ("qkv", "qkv_bias"):
+            for part, rows in rows_of.items():
+                yield from cut(target[:, rows], f"{layer}.{part}{own[3:]}")
+        elif own in ("gate_up", "gate_up_bias"):
+            for half, part in enumerate(("gate", "up")):
+                yield from cut(target[:, half], f"{layer}.{part}{own[7:]}")
+        else:
+            yield from cut(target, name, transpose=own in ("o", "down"))
 
 
 def _padding(target: np.ndarray, dtype: str) -> Iterator[_Piece]:

@@ -8,11 +8,17 @@ contiguous ranges:
     embed            [Vp, H]          Vp = V rounded up to 8 (8 equal blocks of rows)
     layers.i.input_norm   [H]
     layers.i.qkv     [G, (Q/G + 2) * D, H]   per KV head g: its query heads, its K, its V
-    layers.i.qkv_bias     [G, (Q/G + 2) * D] (Qwen2)
+    layers.i.qkv_bias     [G, (Q/G + 2) * D]        where arch.qkv_bias
+    layers.i.q_norm, k_norm   [D]     where arch.qk_norm
     layers.i.o       [Q * D, H]       stored [in, out]
-    layers.i.post_norm    [H]
+    layers.i.o_bias  [H]              where arch.o_bias
+    layers.i.attention_out_norm   [H] where arch.branch_norms
+    layers.i.post_norm    [H]         before the MLP
     layers.i.gate_up [B, 2, I/B, H]   per block b: gate rows of b, then up rows of b
+    layers.i.gate_up_bias [B, 2, I/B] where arch.mlp_bias
     layers.i.down    [I, H]           stored [in, out]
+    layers.i.down_bias    [H]         where arch.mlp_bias
+    layers.i.mlp_out_norm [H]         where arch.branch_norms
     norm             [H]
     lm_head          [Vp, H]          absent where embeddings are tied
 
@@ -112,17 +118,29 @@ def _planned(arch: Architecture) -> Iterator[_Planned]:
     hidden, inner, vocab = arch.hidden_size, arch.intermediate_size, padded_vocab(arch)
     rows_per_kv_head = (arch.group_size + 2) * arch.head_dim
     blocks = gate_up_blocks(arch)
+    vector = (hidden,)
+    parts: list[tuple[str, tuple[int, ...], bool]] = [
+        ("input_norm", vector, True),
+        ("qkv", (arch.num_kv_heads, rows_per_kv_head, hidden), True),
+        ("qkv_bias", (arch.num_kv_heads, rows_per_kv_head), arch.qkv_bias),
+        ("q_norm", (arch.head_dim,), arch.qk_norm),
+        ("k_norm", (arch.head_dim,), arch.qk_norm),
+        ("o", (arch.num_q_heads * arch.head_dim, hidden), True),
+        ("o_bias", vector, arch.o_bias),
+        ("attention_out_norm", vector, arch.branch_norms),
+        ("post_norm", vector, True),
+        ("gate_up", (blocks, 2, inner // blocks, hidden), True),
+        ("gate_up_bias", (blocks, 2, inner // blocks), arch.mlp_bias),
+        ("down", (inner, hidden), True),
+        ("down_bias", vector, arch.mlp_bias),
+        ("mlp_out_norm", vector, arch.branch_norms),
+    ]
     yield _Planned("embed", "embed", (vocab, hidden))
     for i in range(arch.num_layers):
         layer = f"layers.{i}"
-        yield _Planned(layer, f"{layer}.input_norm", (hidden,))
-        yield _Planned(layer, f"{layer}.qkv", (arch.num_kv_heads, rows_per_kv_head, hidden))
-        if arch.qkv_bias:
-            yield _Planned(layer, f"{layer}.qkv_bias", (arch.num_kv_heads, rows_per_kv_head))
-        yield _Planned(layer, f"{layer}.o", (arch.num_q_heads * arch.head_dim, hidden))
-        yield _Planned(layer, f"{layer}.post_norm", (hidden,))
-        yield _Planned(layer, f"{layer}.gate_up", (blocks, 2, inner // blocks, hidden))
-        yield _Planned(layer, f"{layer}.down", (inner, hidden))
+        for name, shape, present in parts:
+            if present:
+                yield _Planned(layer, f"{layer}.{name}", shape)
     yield _Planned("head", "norm", (hidden,))
     if not arch.tied_embeddings:
         yield _Planned("head", "lm_head", (vocab, hidden))

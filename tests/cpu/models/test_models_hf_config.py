@@ -118,14 +118,20 @@ def test_dtype_of_the_weights_where_config_is_silent(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported; supp"),
-        ({"architectures": None}, "LlamaForCausalLM, Qwen2ForCausalLM"),
+        ({"architectures": None}, "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"),
         ({"architectures": [["LlamaForCausalLM"]]}, "not supported"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": 1}, "attention_bias"),
+        ({"mlp_bias": "no"}, "mlp_bias"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"layer_types": ["sliding_attention"] * 32}, "layer_types"),
         ({"hidden_act": "gelu"}, "hidden_act.*silu"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear.*default, llama3"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "'su'.*default, linear, dynamic"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor.*missing"),
+        ({"rope_scaling": {"rope_type": "yarn", "mscale": "x"}}, "mscale"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor.*64 numbers"),
+        ({"rope_scaling": {"full_attention": {}}}, "full_attention.*all layers"),
         ({"rope_scaling": [1]}, "rope_scaling"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "low_freq_factor.*missing"),
         ({"rope_theta": "big"}, "rope_theta"),
@@ -158,10 +164,14 @@ def test_refusals_name_the_key(tmp_path: Path, change: dict[str, Any], words: st
     assert "\n" not in str(refusal.value)
 
 
-def test_sliding_window_is_refused_by_name(tmp_path: Path) -> None:
+def test_windows_that_contradict_are_refused_by_name(tmp_path: Path) -> None:
+    sliding = {"layer_types": ["sliding_attention"] * 28}
     for change in (
-        {"use_sliding_window": True},
-        {"layer_types": ["full_attention", "sliding_attention"]},
+        sliding,
+        sliding | {"use_sliding_window": True, "sliding_window": None},
+        {"use_sliding_window": True, "layer_types": ["sliding_attention"]},
+        {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 28},
+        {"use_sliding_window": True, "sliding_window": 0},
     ):
         with pytest.raises(WeftError, match=r"sliding|layer_types"):
             read_model_config(write(tmp_path, QWEN25 | change))
