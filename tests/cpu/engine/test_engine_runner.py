@@ -82,7 +82,7 @@ def test_tables_are_no_longer_than_the_arena_can_hold(make: Make, folder: Path) 
     bound = bind_model(arena, runner._unit, spec, arch, model.image)
     pages = bound.kv.pages.shape[0]
     assert bound.page_table.shape[1] == pages
-    assert bound.decoder._cos.shape[0] == pages * spec.page_tokens
+    assert bound.decoder._ropes[0][0].shape[0] == pages * spec.page_tokens
     last = pages * spec.page_tokens
     check_plan(StepPlan(model=spec.name, rows=(row(last - 1, [1]),)), bound, runner._unit)
     with pytest.raises(ValueError, match=f"position {last + 1} is beyond {last}"):
