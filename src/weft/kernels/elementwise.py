@@ -152,13 +152,17 @@ def _store_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Grid (T,). K and V of one token to its place in its page."""
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(position_ptr + token)
     slot = tl.load(slot_ptr + tl.load(row_ptr + token)).to(tl.int64)
     page = tl.load(table_ptr + slot * table_stride + position // PAGE_TOKENS).to(tl.int64)
-    to = kv_address.to(k_ptr.dtype) + page * page_stride + (position % PAGE_TOKENS) * token_stride
+    kv = kv_address.to(k_ptr.dtype)
+    if ALIGNED:  # the cast forgets it, and would store two bytes at a time
+        kv = tl.multiple_of(kv, 16)
+    to = kv + page * page_stride + (position % PAGE_TOKENS) * token_stride
     at = tl.arange(0, BLOCK)
     inside = at < HEADS * HEAD_DIM
     head = at // HEAD_DIM
@@ -318,5 +322,6 @@ def store_kv(
         HEAD_DIM=head_dim,
         PAGE_TOKENS=kv.shape[2],
         BLOCK=block,
+        ALIGNED=kv.data_ptr() % 16 == 0,
         num_warps=_warps(block),
     )

@@ -16,14 +16,17 @@ import triton
 from weft.kernels.paged_attention_jit import chunk_kernel, decode_kernel, merge_kernel
 
 MAX_SPLITS = 64
+DECODE_KEYS = 32
+"""Keys that a program of the decode kernel loads at a time. 32 by one warp reach the memory's
+bandwidth on Hopper from batch 128 on; 16 to 128 by 1 to 4 warps were tried."""
 
 
 def decode_splits(rows: int, num_kv_heads: int, longest: int, *, num_sms: int = 132) -> int:
     """How many pieces each row's keys are cut into: 1 where the rows alone fill the device, up to
     MAX_SPLITS where one long row must. longest: most keys that a row sees. A function of the plan's
     shape only."""
-    want = -(-2 * num_sms // (rows * num_kv_heads))
-    return max(1, min(want, -(-longest // 256), MAX_SPLITS))
+    want = -(-4 * num_sms // (rows * num_kv_heads))
+    return max(1, min(want, -(-longest // DECODE_KEYS), MAX_SPLITS))
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,6 @@ def decode_attention(
     num_kv_heads, page_tokens = kv.shape[3], kv.shape[2]
     group = num_q_heads // num_kv_heads
     block_d = _block_d(head_dim)
-    block_n = 64 if q.element_size() == 2 and block_d <= 128 else 32
     whole = splits == 1
     if not whole:
         if partial is None or partial_lse is None:
@@ -139,12 +141,13 @@ def decode_attention(
         PAGE_TOKENS=page_tokens,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
         BLOCK_D=block_d,
-        BLOCK_N=block_n,
+        BLOCK_N=DECODE_KEYS,
         BY_TOKEN=whole,
         HAS_LSE=target_lse is not None,
+        ALIGNED=kv.data_ptr() % 16 == 0,
         HAS_WINDOW=window > 0,
         HAS_CAP=cap is not None,
-        num_warps=4,
+        num_warps=1 if block_d <= 128 else 4,
         num_stages=3,
     )
     if whole:
@@ -161,7 +164,7 @@ def decode_attention(
         splits,
         Q_HEADS=num_q_heads,
         HEAD_DIM=head_dim,
-        BLOCK_S=MAX_SPLITS,
+        BLOCK_S=triton.next_power_of_2(splits),
         BLOCK_D=block_d,
         HAS_LSE=lse is not None,
         num_warps=4,
@@ -218,6 +221,7 @@ def chunk_attention(
         BLOCK_D=block_d,
         BLOCK_N=64 if half else 32,
         HAS_LSE=lse is not None,
+        ALIGNED=kv.data_ptr() % 16 == 0,
         HAS_WINDOW=window > 0,
         HAS_CAP=cap is not None,
         num_warps=8 if half else 4,
