@@ -1,8 +1,8 @@
 """Building the packed weight image (see `layout` for its format) from a checkpoint. numpy only.
 
 The work is cut into pieces of a few MiB that any number of threads may do: numpy lets go of the
-interpreter while it copies. Rows go as they are; transposes go tile by tile, so that both sides
-stay in the cache.
+interpreter while it reads and copies. Rows of the image's own dtype are read to where they belong;
+transposes go tile by tile, so that both sides stay in the cache.
 
 Shape legend: H hidden size, Q query heads, G KV heads, D head dim, I intermediate size, V
 vocabulary.
@@ -50,12 +50,13 @@ _NUMPY = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4", "float64": "<f8
 
 
 class _Piece(NamedTuple):
-    """dest[...] = source[...], shapes equal, dtypes converted; transposed if the strides are."""
+    """Rows of a tensor of the checkpoint and where they go; `tensor` "" means zeros."""
 
-    source: np.ndarray
-    source_dtype: str
+    tensor: str
+    first_row: int
+    num_rows: int
     dest: np.ndarray
-    dest_dtype: str
+    transposed: bool = False
 
 
 def check_tensors(checkpoint: Checkpoint, arch: Architecture) -> None:
@@ -108,12 +109,12 @@ def build_image(
     pieces = _pieces(checkpoint, arch, layout, image)
     if threads <= 1:
         for piece in pieces:
-            report(_copy(piece))
+            report(_copy(checkpoint, arch.dtype, piece))
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="weft-image") as pool:
         window: deque[Future[int]] = deque()
         for piece in pieces:
-            window.append(pool.submit(_copy, piece))
+            window.append(pool.submit(_copy, checkpoint, arch.dtype, piece))
             if len(window) >= 4 * threads:
                 report(window.popleft().result())
         for future in window:
@@ -150,9 +151,9 @@ def _pieces(
     def cut(target: np.ndarray, part: str, *, transpose: bool = False) -> Iterator[_Piece]:
         name, first, shape = places[part]
         checkpoint.will_need(name)
-        source = checkpoint.array(name)[first : first + shape[0]]
-        source = source.T if transpose else source.reshape(target.shape)
-        return _cut(source, checkpoint.tensors[name].dtype, target, arch.dtype)
+        if transpose:
+            return _cut_transposed(name, first, target)
+        return _cut(name, first, target, target.ndim - len(shape) + 1)
 
     vocab, group, dim = arch.vocab_size, arch.group_size, arch.head_dim
     rows_of = {
@@ -164,7 +165,7 @@ def _pieces(
         target = dest(name)
         layer, _, own = name.rpartition(".")
         if own in ("embed", "lm_head"):
-            yield from _padding(target[vocab:], arch.dtype)
+            yield from _padding(target[vocab:])
             yield from cut(target[:vocab], name)
         elif own in ("qkv", "qkv_bias"):
             for part, rows in rows_of.items():
@@ -176,49 +177,58 @@ def _pieces(
             yield from cut(target, name, transpose=own in ("o", "down"))
 
 
-def _padding(target: np.ndarray, dtype: str) -> Iterator[_Piece]:
+def _padding(target: np.ndarray) -> Iterator[_Piece]:
     """Zero rows after the vocabulary."""
     if target.size:
-        yield _Piece(np.zeros(target.shape, target.dtype), dtype, target, dtype)
+        yield _Piece("", 0, len(target), target)
 
 
-def _cut(
-    source: np.ndarray, source_dtype: str, dest: np.ndarray, dest_dtype: str
-) -> Iterator[_Piece]:
-    """Pieces of about PIECE_BYTES along the first axis, and along the second where one index of
-    the first is already larger."""
-    if dest.ndim == 1:
-        yield _Piece(source, source_dtype, dest, dest_dtype)
-        return
-    if dest.ndim > 2 and dest[0].nbytes > PIECE_BYTES:
+def _cut(name: str, first: int, dest: np.ndarray, row_axes: int) -> Iterator[_Piece]:
+    """Pieces of about PIECE_BYTES. The first `row_axes` axes of dest count the tensor's rows."""
+    if row_axes > 1:
+        rows = int(np.prod(dest.shape[1:row_axes]))
         for i in range(dest.shape[0]):
-            yield from _cut(source[i], source_dtype, dest[i], dest_dtype)
+            yield from _cut(name, first + i * rows, dest[i], row_axes - 1)
         return
-    step = max(1, PIECE_BYTES // max(1, dest[0].nbytes))
-    if step > TILE[0]:
-        step -= step % TILE[0]
+    step = max(1, PIECE_BYTES // max(1, dest[:1].nbytes))
     for at in range(0, dest.shape[0], step):
-        part = slice(at, at + step)
-        yield _Piece(source[part], source_dtype, dest[part], dest_dtype)
+        part = dest[at : at + step]
+        yield _Piece(name, first + at, len(part), part)
 
 
-def _copy(piece: _Piece) -> int:
+def _cut_transposed(name: str, first: int, dest: np.ndarray) -> Iterator[_Piece]:
+    """Pieces along the second axis of dest, which counts the tensor's rows."""
+    step = max(1, PIECE_BYTES // max(1, dest[:, :1].nbytes))
+    if step > TILE[1]:
+        step -= step % TILE[1]
+    for at in range(0, dest.shape[1], step):
+        part = dest[:, at : at + step]
+        yield _Piece(name, first + at, part.shape[1], part, transposed=True)
+
+
+def _copy(checkpoint: Checkpoint, dtype: str, piece: _Piece) -> int:
     """Do one piece; returns the bytes written."""
-    source, dest = piece.source, piece.dest
-    if source.ndim == 2 and source.strides[0] < source.strides[1]:
-        _copy_tiles(piece)
+    name, first, count, dest, transposed = piece
+    if not name:
+        dest[...] = 0
+        return dest.nbytes
+    source_dtype = checkpoint.tensors[name].dtype
+    if source_dtype == dtype and dest.flags.c_contiguous and not transposed:
+        checkpoint.read_rows(name, first, dest)
+    elif transposed:
+        _copy_tiles(checkpoint.rows(name, first, count).T, source_dtype, dest, dtype)
     else:
-        dest[...] = _convert(source, piece.source_dtype, piece.dest_dtype)
+        rows = checkpoint.rows(name, first, count)
+        dest[...] = _convert(rows.reshape(dest.shape), source_dtype, dtype)
     return dest.nbytes
 
 
-def _copy_tiles(piece: _Piece) -> None:
-    (rows, columns), (height, width) = piece.dest.shape, TILE
+def _copy_tiles(source: np.ndarray, source_dtype: str, dest: np.ndarray, dtype: str) -> None:
+    (rows, columns), (height, width) = dest.shape, TILE
     for row in range(0, rows, height):
         for column in range(0, columns, width):
             tile = (slice(row, row + height), slice(column, column + width))
-            part = _convert(piece.source[tile], piece.source_dtype, piece.dest_dtype)
-            piece.dest[tile] = part
+            dest[tile] = _convert(source[tile], source_dtype, dtype)
 
 
 def _convert(source: np.ndarray, source_dtype: str, dest_dtype: str) -> np.ndarray:

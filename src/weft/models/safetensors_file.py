@@ -1,10 +1,9 @@
-"""Reading safetensors, sharded or not, without trusting them: numpy views over mmap.
+"""Reading safetensors, sharded or not, without trusting them: plain reads, no mapping (reading a
+mapping behind the end of a file that shrank would end the process).
 
 Format: 8 bytes little-endian header length, JSON header, data (huggingface.co/docs/safetensors).
 """
 
-import contextlib
-import mmap
 import os
 import re
 import stat
@@ -20,9 +19,11 @@ from weft.core.errors import WeftError
 from weft.core.model import DTYPE_BYTES, DType
 from weft.models.json_file import parse_object, read_json
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the format's own reader."""
-MAX_INDEX_BYTES = 64 << 20
+MAX_HEADER_BYTES = 16 << 20
+"""Of one file; a header of 100,000 tensors has 10 MB. Parsed it takes twenty times as much."""
+MAX_HEADERS_BYTES = 64 << 20
+"""Of all files of a checkpoint together."""
+MAX_INDEX_BYTES = 16 << 20
 MAX_SHARDS = 1024
 MAX_DIMS = 8
 MAX_NAME_CHARS = 512
@@ -59,7 +60,8 @@ class TensorInfo(msgspec.Struct, frozen=True):
 
 class _Shard(NamedTuple):
     path: Path
-    map: mmap.mmap
+    fd: int
+    num_bytes: int
     mtime_ns: int
     header: bytes
     tensors: dict[str, TensorInfo]
@@ -75,7 +77,7 @@ class ShardStamp(NamedTuple):
 
 
 class Checkpoint:
-    """An opened checkpoint: every header checked, data mapped. Use as a context manager."""
+    """An opened checkpoint: every header checked. Use as a context manager; any thread may read."""
 
     def __init__(self, path: Path, shards: list[_Shard], tensors: dict[str, TensorInfo]) -> None:
         self.path = path
@@ -84,25 +86,47 @@ class Checkpoint:
         self._shards = shards
 
     def array(self, name: str) -> np.ndarray:
-        """Read-only view of a tensor's data; bfloat16 comes as uint16 bit patterns."""
+        """A tensor's data; bfloat16 comes as uint16 bit patterns. Raises WeftError if the file is
+        no longer what it was."""
+        info = self._info(name)
+        array = np.empty(info.shape, dtype=_NUMPY[info.dtype])
+        self._read(info, 0, array)
+        return array
+
+    def rows(self, name: str, first: int, count: int) -> np.ndarray:
+        """Indices first .. first + count - 1 of a tensor's first axis, as `array` gives them."""
+        info = self._info(name)
+        array = np.empty((count, *info.shape[1:]), dtype=_NUMPY[info.dtype])
+        self.read_rows(name, first, array)
+        return array
+
+    def read_rows(self, name: str, first: int, out: np.ndarray) -> None:
+        """The same into `out`, which is contiguous: as many bytes as it has."""
+        info = self._info(name)
+        self._read(info, first * (info.num_bytes // max(1, info.shape[0])), out)
+
+    def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
             raise WeftError(f"{self.path}: tensor {name!r} is missing from the checkpoint")
+        return info
+
+    def _read(self, info: TensorInfo, skip: int, out: np.ndarray) -> None:
+        if skip + out.nbytes > info.num_bytes:
+            raise ValueError(f"{info.name}: {skip} + {out.nbytes} bytes of {info.num_bytes}")
         shard = self._shards[info.file]
-        # Reading a mapping behind the end of its file would end the process (SIGBUS).
-        try:
-            num_bytes = shard.path.stat().st_size
-        except OSError:
-            num_bytes = len(shard.map)  # deleted, but still there for whoever has it open
-        if num_bytes < len(shard.map):
-            raise WeftError(f"{shard.path}: became shorter while it was read; download it again")
-        array: np.ndarray = np.frombuffer(
-            shard.map,
-            dtype=_NUMPY[info.dtype],
-            count=info.num_bytes // DTYPE_BYTES[info.dtype],
-            offset=info.offset,
-        )
-        return array.reshape(info.shape)
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        at = 0
+        while at < len(view):
+            try:
+                got = os.preadv(shard.fd, [view[at:]], info.offset + skip + at)
+            except OSError as error:
+                raise WeftError(f"{shard.path}: cannot be read: {error}") from None
+            if got == 0:
+                raise WeftError(
+                    f"{shard.path}: became shorter while it was read; download it again"
+                )
+            at += got
 
     def file_of(self, name: str) -> Path:
         """The shard a tensor lies in, for error messages."""
@@ -120,23 +144,21 @@ class Checkpoint:
     def stamps(self) -> tuple[ShardStamp, ...]:
         """One a shard, in order of name."""
         return tuple(
-            ShardStamp(shard.path.name, len(shard.map), shard.mtime_ns, shard.header)
+            ShardStamp(shard.path.name, shard.num_bytes, shard.mtime_ns, shard.header)
             for shard in sorted(self._shards, key=lambda shard: shard.path.name)
         )
 
     def will_need(self, name: str) -> None:
         """Ask the kernel to read a tensor ahead."""
         info = self.tensors[name]
-        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        if info.num_bytes:
-            length = info.offset + info.num_bytes - start
-            self._shards[info.file].map.madvise(mmap.MADV_WILLNEED, start, length)
+        os.posix_fadvise(
+            self._shards[info.file].fd, info.offset, info.num_bytes, os.POSIX_FADV_WILLNEED
+        )
 
     def close(self) -> None:
-        """Unmap the files; those that arrays still view are unmapped with the last of these."""
-        for shard in self._shards:
-            with contextlib.suppress(BufferError):
-                shard.map.close()
+        """Close the files. Nothing can be read afterwards."""
+        while self._shards:
+            os.close(self._shards.pop().fd)
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -158,10 +180,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
     shards: list[_Shard] = []
     tensors: dict[str, TensorInfo] = {}
+    left = MAX_HEADERS_BYTES
     try:
         for number, name in enumerate(names):
-            shard = _open_shard(path / name, number)
+            shard = _open_shard(path / name, number, left)
             shards.append(shard)
+            left -= len(shard.header)
             for tensor, info in shard.tensors.items():
                 if tensor in tensors:
                     other = shards[tensors[tensor].file].path.name
@@ -174,7 +198,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 )
     except BaseException:
         for shard in shards:
-            shard.map.close()
+            os.close(shard.fd)
         raise
     return Checkpoint(path, shards, tensors)
 
@@ -209,8 +233,8 @@ def _read_index(path: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _open_shard(path: Path, number: int) -> _Shard:
-    """Map a file and check its header. Links are followed (hub caches consist of them), devices
+def _open_shard(path: Path, number: int, header_left: int) -> _Shard:
+    """Open a file and check its header. Links are followed (hub caches consist of them), devices
     and pipes are not read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -222,28 +246,29 @@ def _open_shard(path: Path, number: int) -> _Shard:
             raise WeftError(f"{path}: not a regular file")
         if info.st_size < 8:
             raise WeftError(f"{path}: {info.st_size} bytes is no safetensors file; truncated?")
-        view = mmap.mmap(fd, info.st_size, prot=mmap.PROT_READ)
-    except OSError as error:
-        raise WeftError(f"{path}: cannot be read: {error}") from None
-    finally:
-        os.close(fd)
-    try:
-        header, data_start = _header_bytes(path, view)
+        header, data_start = _header_bytes(path, fd, info.st_size, header_left)
         raw = parse_object(header, f"{path}: header")
         tensors = _parse_tensors(path, number, raw, data_start, info.st_size)
+    except OSError as error:
+        os.close(fd)
+        raise WeftError(f"{path}: cannot be read: {error}") from None
     except BaseException:
-        view.close()
+        os.close(fd)
         raise
-    return _Shard(path, view, info.st_mtime_ns, header, tensors)
+    return _Shard(path, fd, info.st_size, info.st_mtime_ns, header, tensors)
 
 
-def _header_bytes(path: Path, view: mmap.mmap) -> tuple[bytes, int]:
-    length = int.from_bytes(view[:8], "little")
+def _header_bytes(path: Path, fd: int, file_bytes: int, header_left: int) -> tuple[bytes, int]:
+    length = int.from_bytes(os.pread(fd, 8, 0), "little")
     if length > MAX_HEADER_BYTES:
         raise WeftError(f"{path}: header length {length} is absurd; not a safetensors file?")
-    if 8 + length > len(view):
-        raise WeftError(f"{path}: header ends at {8 + length}, the file at {len(view)}; truncated?")
-    header = view[8 : 8 + length]
+    if 8 + length > file_bytes:
+        raise WeftError(
+            f"{path}: header ends at {8 + length}, the file at {file_bytes}; truncated?"
+        )
+    if length > header_left:
+        raise WeftError(f"{path}: more than {MAX_HEADERS_BYTES} bytes of headers in one checkpoint")
+    header = os.pread(fd, length, 8)
     if not header.startswith(b"{"):
         raise WeftError(f"{path}: header does not begin with '{{'; not a safetensors file?")
     return header, 8 + length

@@ -233,3 +233,21 @@ def test_key_changes_with_whatever_changes_the_image(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes() + b"\0" * 8)
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert image_key(path, arch) not in (key, touched)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_shard_truncated_while_it_is_read_is_an_error_and_no_signal(
+    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With mapped files the process would end by SIGBUS."""
+    monkeypatch.setattr(image_module, "PIECE_BYTES", 1000)
+    path = tiny_checkpoint(tmp_path, family="phi3", shards=2)
+    arch = read_model_config(path)
+    shards = sorted(path.glob("*.safetensors"))
+
+    def truncate(_: int) -> None:
+        for shard in shards:
+            os.truncate(shard, 6000)
+
+    with pytest.raises(WeftError, match="became shorter while it was read"):
+        build(path, arch, threads=threads, progress=truncate)
