@@ -14,7 +14,8 @@ from weft.core.request import Sampling
 from weft.core.unit import UnitSpec
 from weft.engine.base import ImageRef
 from weft.engine.cuda_device import CudaDevice
-from weft.engine.runner import BoundModel, Runner, bind_model
+from weft.engine.model import BoundModel, bind_model
+from weft.engine.runner import Runner
 from weft.models.decoder import Decoder
 from weft.models.layout import image_layout
 

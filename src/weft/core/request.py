@@ -13,6 +13,12 @@ Pooling = Literal["last", "mean"]
 """An embedding is the last token's final hidden state, or the mean over all tokens."""
 
 
+MAX_LOGPROBS = 20
+"""Most probable tokens that may be asked for at a position."""
+MAX_PROMPT_LOGPROBS = 1_000_000
+"""Log probabilities of one prompt: positions times (1 + the most probable ones)."""
+
+
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     """What the output must look like. Checked by the frontend before it gets here."""
 
@@ -56,9 +62,13 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     def stepwise(self) -> bool:
         """Drawing needs every earlier token of the output on the host: its next step can only be
         planned when the last one is known."""
+        return self.grammar is not None or self.penalised
+
+    @property
+    def penalised(self) -> bool:
+        """Logits depend on which tokens are there already."""
         return (
-            self.grammar is not None
-            or self.presence_penalty != 0.0
+            self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
             or self.repetition_penalty != 1.0
         )

@@ -5,7 +5,7 @@ import threading
 from weft.core.actions import Load
 from weft.core.ids import ModelName
 from weft.engine.book import ActionBook
-from weft.engine.runner import BoundModel
+from weft.engine.model import BoundModel
 from weft.memory.base import Arena, mapping_difference
 
 

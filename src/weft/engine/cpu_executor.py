@@ -42,7 +42,9 @@ from weft.engine.copies import (
 )
 from weft.engine.failures import failure
 from weft.engine.mapped import check_pages_mapped, check_weights_mapped, remap
-from weft.engine.runner import BoundModel, LogitsTap, Runner, bind_model
+from weft.engine.model import BoundModel, bind_model
+from weft.engine.runner import LogitsTap, Runner
+from weft.engine.step import step_done
 from weft.memory.arena_cpu import CpuArena
 from weft.memory.host_store import HostStore
 
@@ -187,24 +189,36 @@ class CpuExecutor:
             if self.checksums is not None:
                 self._check_step(plan, model, weights=progress is None)
             before_layer = None if progress is None else _waits(progress)
-            tokens: list[tuple[int, ...]] = []
             times_ns: list[int] = []
+            first = 0  # iteration of the report at hand
             begin_ns = reported_ns = time.monotonic_ns()
             for i in range(plan.repeat):
                 runner.iterate(step, before_layer)
                 before_layer = None
                 now_ns = time.monotonic_ns()
-                tokens.append(step.tokens(i))
                 times_ns.append(now_ns)
-                if finishes(plan, i, tokens[-1]) or self._book.interrupted(action.id):
+                if finishes(plan, i, step.tokens(i)) or self._book.interrupted(action.id):
                     break
                 if now_ns - reported_ns > REPORT_NS and i + 1 < plan.repeat:
-                    self._book.report(
-                        _step_done(action, tokens, times_ns, now_ns - begin_ns, last=False)
+                    report = step_done(
+                        action,
+                        step,
+                        range(first, i + 1),
+                        last=False,
+                        token_ns=times_ns,
+                        device_ns=now_ns - begin_ns,
                     )
-                    tokens, times_ns = [], []
+                    self._book.report(report)
+                    times_ns, first = [], i + 1
                     begin_ns = reported_ns = now_ns
-            return _step_done(action, tokens, times_ns, time.monotonic_ns() - begin_ns, last=True)
+            return step_done(
+                action,
+                step,
+                range(first, i + 1),
+                last=True,
+                token_ns=times_ns,
+                device_ns=time.monotonic_ns() - begin_ns,
+            )
         finally:
             step.release()
 
@@ -305,24 +319,6 @@ def _waits(progress: LoadProgress) -> Callable[[int], None]:
         progress.wait(part + 1)
 
     return before_layer
-
-
-def _step_done(
-    action: Run,
-    tokens: list[tuple[int, ...]],
-    times_ns: list[int],
-    elapsed_ns: int,
-    *,
-    last: bool,
-) -> StepDone:
-    return StepDone(
-        action=action.id,
-        iterations=len(tokens),
-        last=last,
-        tokens=tuple(tokens),
-        token_ns=tuple(times_ns),
-        device_ns=elapsed_ns,
-    )
 
 
 def _copy_done(action: Load | CopyKv, num_bytes: int, begin_ns: int) -> CopyDone:

@@ -163,7 +163,7 @@ class CudaDevice:
         from weft.kernels.sampling import draw
 
         def draw_or_sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-            truncated = batch.any_random and batch.any_truncated
+            truncated = batch.any_random and (batch.any_truncated or batch.any_min_p)
             if truncated or batch.any_masked or logits_SV.dtype == torch.float64:
                 return sample(logits_SV, batch)
             return draw(logits_SV, batch.temperature, batch.seed, batch.output_index)

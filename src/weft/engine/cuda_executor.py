@@ -45,7 +45,8 @@ from weft.engine.cuda_steps import Steps
 from weft.engine.cuda_verify import Verifier
 from weft.engine.failures import failure
 from weft.engine.mapped import remap
-from weft.engine.runner import BoundModel, LogitsTap, Runner, bind_model
+from weft.engine.model import BoundModel, bind_model
+from weft.engine.runner import LogitsTap, Runner
 from weft.memory.host_registry import HostRegistry
 from weft.memory.host_store import HostStore
 from weft.models.decoder import Decoder

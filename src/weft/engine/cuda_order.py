@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from weft.core.actions import CopyKv, Load, Run
 from weft.core.ids import ActionId
 from weft.engine.cuda_device import Mark, Stream
-from weft.engine.runner import Runner, Step
+from weft.engine.runner import Runner
+from weft.engine.step import Step
 
 
 class Marks:

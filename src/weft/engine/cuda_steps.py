@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 
 from weft.core.actions import Run, UnitAction, finishes
-from weft.core.events import StepDone
 from weft.core.ids import ActionId, ModelName
 from weft.engine.book import ActionBook, DependencyFailed, LoadProgress
 from weft.engine.cuda_device import Device, Stream
 from weft.engine.cuda_order import Lane, Marks, Running
 from weft.engine.cuda_verify import Verifier
-from weft.engine.runner import BoundModel
+from weft.engine.model import BoundModel
+from weft.engine.step import step_done
 
 AHEAD = 2
 """Iterations of a repeated step launched before the first is known: the device never idles."""
@@ -139,11 +139,11 @@ class Steps:
         if not running.issued and (stop or self._book.interrupted(action.id)):
             self._seal(lane, running)
         last = running.issued and not running.marks
-        event = StepDone(
-            action=action.id,
-            iterations=1,
+        event = step_done(
+            action,
+            step,
+            range(running.completed - 1, running.completed),
             last=last,
-            tokens=(tokens,),
             token_ns=(time.monotonic_ns(),),
             device_ns=device_ns,
         )

@@ -11,7 +11,7 @@ from weft.engine.checksums import Checksums
 from weft.engine.copies import page_fragments
 from weft.engine.cuda_device import Device, Stream
 from weft.engine.mapped import check_pages_mapped, check_weights_mapped
-from weft.engine.runner import BoundModel
+from weft.engine.model import BoundModel
 from weft.kernels.word_sum import word_sum
 from weft.memory.base import Arena
 from weft.models.layout import LayoutExtent

@@ -33,6 +33,8 @@ class SamplingBatch:
     """float64 [S]; 1 means no truncation."""
     top_k: torch.Tensor
     """int64 [S]; 0 means no truncation."""
+    min_p: torch.Tensor
+    """float64 [S]; 0 means no truncation."""
     seed: torch.Tensor
     """int64 [S]: the seed's low 64 bits, two's complement."""
     output_index: torch.Tensor
@@ -45,6 +47,8 @@ class SamplingBatch:
     """False: all rows are greedy (a host fact, known when the step is planned)."""
     any_truncated: bool = True
     """False: no random row has top_k or top_p."""
+    any_min_p: bool = True
+    """False: no random row has min_p."""
     any_masked: bool = True
     """False: no row has min_remaining > 0 and stop ids."""
 
@@ -58,12 +62,14 @@ class SamplingBatch:
             temperature=torch.tensor([s.temperature for _, s in pairs], dtype=torch.float64),
             top_p=torch.tensor([s.top_p for _, s in pairs], dtype=torch.float64),
             top_k=torch.tensor([s.top_k for _, s in pairs], dtype=torch.int64),
+            min_p=torch.tensor([s.min_p for _, s in pairs], dtype=torch.float64),
             seed=torch.tensor([signed64(s.seed) for _, s in pairs], dtype=torch.int64),
             output_index=torch.tensor([row.output_index for row, _ in pairs], dtype=torch.int64),
             stop_ids=torch.tensor(stops, dtype=torch.int64).view(len(pairs), width),
             min_remaining=torch.tensor([row.min_remaining for row, _ in pairs], dtype=torch.int64),
             any_random=any(not s.greedy for _, s in pairs),
             any_truncated=any(not s.greedy and (s.top_k > 0 or s.top_p < 1.0) for _, s in pairs),
+            any_min_p=any(not s.greedy and s.min_p > 0.0 for _, s in pairs),
             any_masked=any(row.min_remaining > 0 and row.stop_ids for row, _ in pairs),
         )
         return batch if str(device) == "cpu" else batch.to(device)
@@ -87,7 +93,7 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """int64 [S]: the token each row draws. Equal scores go to the lowest id.
 
     Computes in float32, in float64 for float64 logits. logits may be a view into wider rows; NaN
-    counts as minus infinity. top_k applies before top_p, both after the temperature.
+    counts as minus infinity. After the temperature come min_p, then top_k, then top_p.
     """
     wide = torch.float64 if logits_SV.dtype == torch.float64 else torch.float32
     x_SV = logits_SV.to(wide)
@@ -103,6 +109,9 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     scaled_SV = ((x_SV - x_SV.amax(-1, keepdim=True)) / divisor_S1).nan_to_num(
         nan=0.0, neginf=float("-inf")
     )
+    if batch.any_min_p:
+        limit_S1 = torch.where(greedy_S1, float("-inf"), batch.min_p.log()[:, None]).to(wide)
+        scaled_SV = scaled_SV.masked_fill(scaled_SV < limit_S1, float("-inf"))
     noise_SV = gumbel_noise(batch.seed, batch.output_index, ids_V, wide)
     score_SV = torch.where(greedy_S1, scaled_SV, scaled_SV + noise_SV)
     if not batch.any_truncated:

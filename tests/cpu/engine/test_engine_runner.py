@@ -14,7 +14,9 @@ from weft.core.actions import Row, StepPlan
 from weft.core.request import Sampling
 from weft.core.unit import UnitSpec
 from weft.engine.base import ImageRef
-from weft.engine.runner import BoundModel, Runner, bind_model, check_plan, kv_range_bytes
+from weft.engine.model import BoundModel, bind_model, kv_range_bytes
+from weft.engine.plan_check import check_plan
+from weft.engine.runner import Runner
 from weft.memory.arena_cpu import CpuArena
 
 Make = Callable[..., tuple[Runner, BoundModel]]

@@ -88,7 +88,15 @@ def test_draws_follow_the_distribution(
     batch = SamplingBatch.from_rows([row(sampling)])
     many = {
         name: getattr(batch, name).expand(draws).clone()
-        for name in ("temperature", "top_p", "top_k", "seed", "output_index", "min_remaining")
+        for name in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "seed",
+            "output_index",
+            "min_remaining",
+        )
     }
     many[counter] = torch.arange(draws)
     tokens = sample(
@@ -97,6 +105,7 @@ def test_draws_follow_the_distribution(
             **many,
             stop_ids=torch.zeros((draws, 0), dtype=torch.int64),
             any_truncated=batch.any_truncated,
+            any_min_p=batch.any_min_p,
             any_masked=False,
         ),
     )
