@@ -29,6 +29,9 @@ class UnitSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_repeat: int = 16
     """Upper bound of Run.repeat; 1 switches it off."""
     lanes: int = 1
+    prefix_cache: bool = True
+    """KV of finished requests is kept for others that begin with the same tokens, in room that
+    nobody else wants."""
 
 
 ModelState = Literal["absent", "loading", "resident", "dropping", "failed"]
@@ -50,6 +53,12 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     switches_out: int
     prompt_tokens: int
     output_tokens: int
+    prefix_hit_tokens: int = 0
+    """Positions of requests whose KV was found in the prefix cache instead of computed."""
+    kv_pages_cached: int = 0
+    """Pages that the prefix cache keeps and nobody uses; counted in no other figure."""
+    host_pages_cached: int = 0
+    """Pages of the prefix cache in the host store; their room counts as unused."""
     reason: str | None = None
     """Why its state is failed."""
 

@@ -54,6 +54,8 @@ class PrefixIndex:
     def __init__(self) -> None:
         self.blocks: dict[Digest, Block] = {}
         self.by_page: dict[PageId, Block] = {}
+        self.num_hosted = 0
+        """Blocks with extents."""
 
     def enter(self, digest: Digest, page: PageId) -> Block | None:
         """Say what a page holds. None, with no effect, if another page holds it already (the first
@@ -89,6 +91,7 @@ class PrefixIndex:
     def drop_extents(self, block: Block) -> None:
         """The caller (`HostShelf`) gives them back."""
         block.extents = ()
+        self.num_hosted -= 1
         self._forget_empty(block)
 
     def _forget_empty(self, block: Block) -> None:
@@ -102,6 +105,7 @@ class PrefixIndex:
             assert block.pins >= 0 and (block.extents or not block.pins)
         pages = {b.page: b for b in self.blocks.values() if b.page is not None}
         assert pages == self.by_page, "pages and blocks disagree"
+        assert self.num_hosted == sum(bool(b.extents) for b in self.blocks.values())
 
 
 class HostShelf:
@@ -157,6 +161,7 @@ class HostShelf:
             self.give_untaken(extents)
             return
         block.extents = extents
+        block.index.num_hosted += 1
         self._blocks[block] = None
 
     def touch(self, block: Block) -> None:

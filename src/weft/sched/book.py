@@ -61,6 +61,14 @@ class RequestState:
     fails: int = 0
     park_fails: int = 0
     resume_fails: int = 0
+    digests: list[bytes] = field(default_factory=list)
+    """Of the prefix cache: its root, then one for every whole page of tokens so far asked for."""
+    entered: int = 0
+    """Pages from the first on that the prefix cache has been told of."""
+    reuse: bool = True
+    """It may begin behind pages found in the prefix cache."""
+    cached_tokens: int = 0
+    """Prompt tokens found there when it last began."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of positions 1 .. of the prompt as far as they are computed; empty once they were sent."""
     embedding: list[bytes] = field(default_factory=list)
@@ -152,6 +160,10 @@ class ModelEntry:
     """A row of the last step planned found no room to grow: nobody else is brought in before."""
     blocked: bool = False
     """It has the turn and runs nothing, for want of room: nobody else is brought in before."""
+    generation: int = 0
+    """Of all models assigned to this unit so far, the how manieth it is."""
+    prefix_hit_tokens: int = 0
+    """Positions whose KV was found in the prefix cache."""
     switches_in: int = 0
     switches_out: int = 0
     prompt_tokens: int = 0
@@ -203,6 +215,7 @@ class Book:
         self.changes = 0
         """Memory given back or models gone within this decision: others may now be able to go on,
         so the decision looks again."""
+        self.generations = 0
         self._next_id = 1
 
     def new_id(self) -> ActionId:
@@ -263,6 +276,7 @@ class Book:
                 logprobs=tuple(answer.logprobs),
                 prompt_logprobs=tuple(state.prompt_logprobs) if whole else (),
                 embedding=tuple(state.embedding) if whole else (),
+                cached_tokens=None if state.spoke else state.cached_tokens,
             )
         )
         state.spoke = True
@@ -285,7 +299,7 @@ class Book:
         if state.slot is not None:
             self.ledger.give_slot(state.slot)
             state.slot = None
-        state.pages_sent = 0
+        state.pages_sent = state.entered = 0
         state.last_on_device = False
         state.dirty = False
 
@@ -295,6 +309,7 @@ class Book:
         self.forget_parked(state)
         state.planned = state.computed = 0
         state.prompt_logprobs, state.embedding = [], []
+        state.cached_tokens = 0
         state.phase = "queued"
 
     def reap(self) -> None:

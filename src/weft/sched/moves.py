@@ -15,6 +15,7 @@ from weft.policy.presets import Preset
 from weft.policy.residency.base import ResidentView
 from weft.sched import adapters
 from weft.sched.book import Book, Leaving, ModelEntry, RequestState, waiting_view
+from weft.sched.prefix import PrefixCache
 
 MAX_LOAD_FAILS = 3
 MAX_MAP_FAILS = 30
@@ -32,9 +33,16 @@ class UnitBroken(Exception):
 class Mover:
     """Plans Load, Drop, MapKv, UnmapKv and CopyKv, and applies their ends."""
 
-    def __init__(self, book: Book, preset: Preset) -> None:
+    def __init__(self, book: Book, preset: Preset, prefixes: PrefixCache) -> None:
         self._book = book
         self._preset = preset
+        self._prefixes = prefixes
+        self._short = self._was_short = False
+        """Somebody found no room in this round, in the one before."""
+
+    def look_again(self) -> None:
+        """A round of moves begins."""
+        self._was_short, self._short = self._short, False
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -54,15 +62,17 @@ class Mover:
         ledger = self._book.ledger
         if ledger.free_granules >= granules:
             return True
+        self._short = True
         missing = granules - ledger.free_granules - self.coming_granules()
-        for other, entry in self._book.models.items():
-            if missing <= 0:
-                return False
-            if not entry.leaving and other != name:
-                empty = self._book.memory(other).kv.empty_granules()[:missing]
-                if empty:
-                    self._unmap(other, empty)
-                    missing -= len(empty)
+        for cached in (False, True):
+            for other, entry in self._book.models.items():
+                if missing <= 0:
+                    return False
+                if not entry.leaving and other != name:
+                    empty = self._book.memory(other).kv.empty_granules(cached=cached)[:missing]
+                    if empty:
+                        self._unmap(other, empty)
+                        missing -= len(empty)
         for leaving, victims in (("all", self._victims(keep)), ("kv", self._kv_victims(keep))):
             for victim in victims:
                 if missing <= 0:
@@ -331,13 +341,20 @@ class Mover:
         pages = memory.pages_for(state.known + 1)
         if state.parked is not None:
             pages = max(pages, memory.pages_for(state.parked.tokens))
+        found = self._prefixes.hold(state) if state.parked is None else []
         # Whoever runs must be able to grow by a page, or the newcomer would be parked at once.
-        if not self._reserve(entry, pages + running, keep):
+        if not self._reserve(entry, pages - len(found) + running, keep):
+            memory.kv.give(found)
+            if found and not running and not self.coming_granules():
+                # Where they lie they may keep it from ever getting room: without them it does.
+                state.reuse = False
+                self._book.changes += 1
             return False
-        state.pages = memory.kv.take(pages)
+        state.pages = found + memory.kv.take(pages - len(found))
         state.slot = self._book.ledger.take_slot()
         if state.parked is None:
             state.phase = "running"
+            self._prefixes.begin(state, len(found))
             return True
         count = memory.pages_for(state.parked.tokens)
         action = self._book.new_id()
@@ -363,11 +380,15 @@ class Mover:
         """Make `pages` pages takeable, mapping granules if need be and sending away all but
         `keep` for them (None: nobody)."""
         name, ledger = entry.spec.name, self._book.ledger
-        at = ledger.plan_growth(name, pages)
+        # What is free goes first; then what is cached, at once if others wait for granules.
+        short = self._short or self._was_short
+        at = None if short else ledger.plan_growth(name, pages)
+        if at is None:
+            at = ledger.plan_growth(name, pages, give_up=True)
         if at is None and keep is not None:
             granules = ledger.growth_granules(name, pages)
             if granules is not None and self.make_room(name, granules, keep):
-                at = ledger.plan_growth(name, pages)
+                at = ledger.plan_growth(name, pages, give_up=True)
         if at is None:
             return False
         if at:
@@ -418,6 +439,7 @@ class Mover:
         if not youngest.idle or youngest in spare:
             return
         if len(holders) == 1:
+            needy.reuse = False
             self._book.requeue(needy)
         else:
             self.park(entry, youngest)

@@ -6,6 +6,7 @@ another part something to do.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
@@ -35,6 +36,7 @@ from weft.policy.presets import Preset
 from weft.sched import adapters
 from weft.sched.book import Book, ModelEntry, RequestState
 from weft.sched.moves import Mover
+from weft.sched.prefix import PrefixCache
 from weft.sched.steps import Stepper
 from weft.sched.turns import Turns
 
@@ -48,8 +50,9 @@ class UnitScheduler:
     def __init__(self, unit: UnitSpec, preset: Preset) -> None:
         self._book = Book(unit)
         self._preset = preset
-        self._mover = Mover(self._book, preset)
-        self._stepper = Stepper(self._book, self._mover, preset)
+        self._prefixes = PrefixCache(self._book)
+        self._mover = Mover(self._book, preset, self._prefixes)
+        self._stepper = Stepper(self._book, self._mover, preset, self._prefixes)
         self._turns = Turns(self._book, preset)
         self._deadlines: list[tuple[int, RequestId]] = []
         self._woken_for: int | None = None
@@ -140,7 +143,7 @@ class UnitScheduler:
         entry = book.models.get(spec.name)
         if entry is None:
             book.ledger.add_model(spec)
-            entry = book.models[spec.name] = ModelEntry(spec)
+            entry = book.models[spec.name] = ModelEntry(spec, unassigned=True)
         else:
             old = entry.spec
             same = (old.weight_bytes, old.page_bytes, old.page_tokens) == (
@@ -151,6 +154,9 @@ class UnitScheduler:
             assert same, "a model of other sizes needs another name"
             entry.spec = spec
             book.ledger.add_model(spec)
+        if entry.unassigned:
+            book.generations += 1
+            entry.generation = book.generations
         entry.failed, entry.load_fails, entry.map_fails = None, 0, 0
         entry.unfit, entry.unassigned, entry.retry_ns = False, False, None
         self._check_fit()
@@ -357,6 +363,7 @@ class UnitScheduler:
     def _move(self) -> None:
         """Memory for the model with the turn, then for the next one, then for preloads."""
         mover, turns = self._mover, self._turns
+        mover.look_again()
         current, upcoming = self._entry(turns.current), self._entry(turns.next)
         if current is not None and current.members and not turns.expired:
             alone = {current.spec.name}
@@ -416,7 +423,9 @@ class UnitScheduler:
             models=tuple(self._model_status(entry) for entry in book.models.values()),
             free_granules=book.ledger.free_granules,
             num_granules=book.unit.num_granules,
-            host_used_bytes=book.ledger.extents.num_bytes - book.ledger.extents.free_bytes,
+            host_used_bytes=book.ledger.extents.num_bytes
+            - book.ledger.extents.free_bytes
+            - book.ledger.shelf.held_bytes,
             host_bytes=book.unit.host_bytes,
             actions_done=book.actions_done,
             bytes_copied=book.bytes_copied,
@@ -443,6 +452,9 @@ class UnitScheduler:
             switches_out=entry.switches_out,
             prompt_tokens=entry.prompt_tokens,
             output_tokens=entry.output_tokens,
+            prefix_hit_tokens=entry.prefix_hit_tokens,
+            kv_pages_cached=len(memory.kv.cached),
+            host_pages_cached=memory.kv.index.num_hosted,
             reason=entry.failed,
         )
 
@@ -475,12 +487,12 @@ def check_book(book: Book) -> None:
         slots += [] if state.slot is None else [state.slot]
         _check_request(book, state)
     for name, held in pages.items():
-        assert len(held) == len(set(held)), f"{name}: a page is held twice"
-        assert set(held) == set(book.memory(name).kv.live), f"{name}: pages leaked"
+        assert Counter(held) == book.memory(name).kv.live, f"{name}: pages leaked"
     assert len(slots) == len(set(slots)) and set(slots) == book.ledger.slots_taken
     parked = [s.parked for s in book.requests.values() if s.parked is not None]
     held_bytes = sum(e.num_bytes for kv in parked for e in kv.extents)
     used = book.ledger.extents.num_bytes - book.ledger.extents.free_bytes
+    used -= book.ledger.shelf.held_bytes
     assert held_bytes <= used <= held_bytes + 4096 * sum(len(kv.extents) for kv in parked)
     in_flight = len(book.steps) + len(book.moves)
     assert book.ledger.hazards.in_flight == in_flight, "an action was forgotten"
@@ -495,6 +507,8 @@ def _check_request(book: Book, state: RequestState) -> None:
         if step.run.plan.rows[step.states.index(state)].sample is not None
     )
     assert state.draws_in_flight == draws, f"draws {state.draws_in_flight} != {draws}"
+    assert len(set(state.pages)) == len(state.pages), "a page is in two places"
+    _check_shared(book, state)
     if state.phase in ("queued", "parked"):
         assert not state.pages and state.slot is None and state.idle
     if state.phase in ("running", "parking", "resuming"):
@@ -507,3 +521,12 @@ def _check_request(book: Book, state: RequestState) -> None:
         assert there, f"request {state.id} runs without its adapter"
     if not state.dirty and state.phase != "finished":
         assert state.computed <= state.planned <= state.length
+
+
+def _check_shared(book: Book, state: RequestState) -> None:
+    """No step in flight writes a page that others may read."""
+    memory = book.memory(state.request.model)
+    first = state.computed // memory.spec.page_tokens
+    for page in state.pages[first:]:
+        assert memory.kv.live[page] == 1, f"page {page} is shared and written"
+        assert page not in memory.kv.index.by_page, f"page {page} is known and written"

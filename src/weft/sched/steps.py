@@ -25,6 +25,7 @@ from weft.sched.book import (
     waiting_view,
 )
 from weft.sched.moves import Mover
+from weft.sched.prefix import PrefixCache
 
 MAX_RUN_FAILS = 3
 """A request whose runs failed this often, the last time alone, fails. From MAX_RUN_FAILS - 1 on
@@ -47,10 +48,11 @@ def _pooled(request: Request, stop: int) -> Pooling | None:
 class Stepper:
     """Plans Runs for the model that has the turn and applies their results."""
 
-    def __init__(self, book: Book, mover: Mover, preset: Preset) -> None:
+    def __init__(self, book: Book, mover: Mover, preset: Preset, prefixes: PrefixCache) -> None:
         self._book = book
         self._mover = mover
         self._preset = preset
+        self._prefixes = prefixes
 
     # -- planning -------------------------------------------------------------------------------
 
@@ -255,6 +257,7 @@ class Stepper:
             self._settle(event.action, step)
             for state in step.states:
                 state.fails = 0
+                self._prefixes.enter(state)
 
     def _note_prompts(self, step: StepInFlight, event: StepDone) -> None:
         """What the step says of prompts, and rows that cannot go on."""

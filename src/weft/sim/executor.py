@@ -33,6 +33,8 @@ from weft.core.request import Grammar, Pooling, Sampling, TokenLogprobs
 from weft.core.unit import UnitSpec
 from weft.cost.model import CostModel
 
+Place = tuple[tuple[int, int], ...]
+"""Where a page lies in the host store: (offset, bytes), in order."""
 Cell = tuple[int, int, int]
 """(request, position, hash of the ids at positions 0..position)."""
 
@@ -175,12 +177,18 @@ class ModelledExecutor:
         self._kv: dict[tuple[ModelName, int], list[Cell | None]] = {}
         self._tables: dict[int, list[int]] = {}
         self._last: dict[int, int] = {}
-        self._host: dict[int, tuple[ModelName, list[Cell | None]]] = {}
+        self._host: dict[Place, tuple[ModelName, list[Cell | None]]] = {}
+        self._expected: dict[int, tuple[object, list[int]]] = {}
 
     # -- the executor's contract ----------------------------------------------------------------
 
     def bind_spec(self, spec: ModelSpec) -> None:
         self._models[spec.name] = spec
+
+    def expect(self, request: int, namespace: object, prompt: Iterable[int]) -> None:
+        """This request may read KV that requests of the same namespace wrote, where it is the KV
+        of its own tokens. Of a request that is not announced every position must be its own."""
+        self._expected[request] = (namespace, contexts_of(prompt))
 
     def submit(self, action: UnitAction) -> None:
         """Queue it. Ids ascend, and `after` names earlier ones only."""
@@ -323,7 +331,9 @@ class ModelledExecutor:
                 held = active.reads if to == "host" else active.writes
                 held.update((model, page) for page in pages)
                 host = active.writes if to == "host" else active.reads
-                host.update(("x", extent.offset) for extent in extents)
+                host.update(
+                    ("x", piece) for place in self._places(active.action) for piece in place
+                )
             case _:
                 pass
 
@@ -458,7 +468,14 @@ class ModelledExecutor:
         size = self._models[model].page_tokens
         cell = self._cells(model, table[position // size])[position % size]
         assert cell is not None, f"request {request} reads unwritten KV at {position}"
-        assert cell[:2] == (request, position), f"request {request} at {position} reads {cell}"
+        writer, written_at, context = cell
+        assert written_at == position, f"request {request} at {position} reads {cell}"
+        namespace, contexts = self._expected.get(request, (None, []))
+        if position < len(contexts):
+            assert context == contexts[position], f"request {request} at {position} reads {cell}"
+        if writer != request:
+            theirs, _ = self._expected.get(writer, (None, []))
+            assert namespace is not None and namespace == theirs, f"{request} reads {writer}'s KV"
         return cell
 
     # -- effects --------------------------------------------------------------------------------
@@ -509,19 +526,39 @@ class ModelledExecutor:
                     del self._kv[key]
 
     def _copy(self, action: CopyKv) -> None:
-        offset = action.extents[0].offset
-        if action.to == "host":
-            for page in action.pages:
-                self._cells(action.model, page)
-            saved = [c for page in action.pages for c in self._kv[(action.model, page)]]
-            self._host[offset] = (action.model, saved)
-            return
-        model, cells = self._host[offset]
-        size = self._models[model].page_tokens
-        assert model == action.model, "KV of another model was resumed"
-        assert len(cells) == size * len(action.pages), "another request's KV was resumed"
-        for index, page in enumerate(action.pages):
-            self._cells(model, page)[:] = cells[index * size : (index + 1) * size]
+        for place, page in zip(self._places(action), action.pages, strict=True):
+            cells = self._cells(action.model, page)
+            if action.to == "host":
+                self._overwrite(place)
+                self._host[place] = (action.model, list(cells))
+            else:
+                assert place in self._host, "the host store holds something else there"
+                model, saved = self._host[place]
+                assert model == action.model, "KV of another model was resumed"
+                cells[:] = saved
+
+    def _places(self, action: CopyKv) -> list[Place]:
+        """Where in the host store each of the pages lies."""
+        size = self._models[action.model].page_bytes
+        places: list[Place] = []
+        pieces: list[tuple[int, int]] = []
+        missing = size
+        for extent in action.extents:
+            offset, left = extent.offset, extent.num_bytes
+            while left:
+                length = min(left, missing)
+                pieces.append((offset, length))
+                offset, left, missing = offset + length, left - length, missing - length
+                if not missing:
+                    places.append(tuple(pieces))
+                    pieces, missing = [], size
+        return places
+
+    def _overwrite(self, place: Place) -> None:
+        """What lay anywhere in these bytes is gone."""
+        for other in list(self._host):
+            if any(a < b + m and b < a + n for a, n in place for b, m in other):
+                del self._host[other]
 
     def _debris(self, action: UnitAction) -> None:
         """What a failed copy may leave behind."""
@@ -530,7 +567,8 @@ class ModelledExecutor:
                 for page in action.pages:
                     self._kv.pop((action.model, page), None)
             else:
-                self._host[action.extents[0].offset] = (action.model, [])
+                for place in self._places(action):
+                    self._overwrite(place)
 
     def _scribble(self, run: Run, iteration: int) -> None:
         """What a failed step may leave behind: nonsense at the positions it was to write."""

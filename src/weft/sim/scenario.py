@@ -65,6 +65,8 @@ class Outcome:
     logprobs: dict[RequestId, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     embeddings: dict[RequestId, bytes] = field(default_factory=dict)
+    cached_tokens: dict[RequestId, int] = field(default_factory=dict)
+    """As said with the first Emit."""
     first_token_ns: dict[RequestId, int] = field(default_factory=dict)
     switches: int = 0
     decisions: int = 0
@@ -120,6 +122,11 @@ class Body:
                 self._handle(events)
 
     def _handle(self, events: list[UnitEvent]) -> None:
+        for event in events:
+            if isinstance(event, Submit):
+                request = event.request
+                namespace = (request.tenant, request.adapter)
+                self.executor.expect(request.id, namespace, request.prompt)
         self.outcome.decisions += 1
         assert self.outcome.decisions < MAX_DECISIONS, "the scenario does not end"
         for out in self.scheduler.handle(events, self.now_ns):
@@ -138,6 +145,9 @@ class Body:
         match notice:
             case Emit(request=request, tokens=tokens, finish=finish, error=error):
                 assert request not in out.finish, f"request {request} spoke after its end"
+                if notice.cached_tokens is not None:
+                    assert not out.streams.get(request), "the prompt was spoken of too late"
+                    out.cached_tokens[request] = notice.cached_tokens
                 if tokens:
                     out.first_token_ns.setdefault(request, self.now_ns)
                 out.streams.setdefault(request, []).extend(tokens)
@@ -344,11 +354,17 @@ def _random_arrivals(
 ) -> list[tuple[int, UnitEvent]]:
     events: list[tuple[int, UnitEvent]] = [(0, Assign(model=spec)) for spec in models]
     span_ns = rng.choice([1, 200_000_000, 2_000_000_000])
+    beginnings = [[rng.randrange(7) for _ in range(rng.randint(2, 16))] for _ in range(3)]
+    shared = rng.choice([0.0, 0.5, 1.0])
+    tenants = rng.choice([[""], ["", "a", "b"]])
     for i in range(count):
         spec = rng.choice([model for model in models if model.base is None])
         on_it = [model.name for model in models if model.base == spec.name]
         at = rng.randrange(span_ns)
         prompt = tuple(rng.randrange(spec.vocab_size) for _ in range(rng.randint(1, 20)))
+        if rng.random() < shared:
+            begin = rng.choice(beginnings)
+            prompt = (*begin[: rng.randint(1, len(begin))], *prompt)[:20]
         sampled = rng.random() < 0.3
         kind = rng.random()
         request = Request(
@@ -371,6 +387,7 @@ def _random_arrivals(
             stop_ids=(3,) if rng.random() < 0.2 else (),
             ignore_eos=rng.random() < 0.3,
             priority=rng.choice([0, 0, 0, 1]),
+            tenant=rng.choice(tenants),
             arrival_ns=at,
             hold_deadline_ns=at + rng.choice([1, 50_000_000]) if rng.random() < 0.1 else None,
         )
