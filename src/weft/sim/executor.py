@@ -185,10 +185,11 @@ class ModelledExecutor:
     def bind_spec(self, spec: ModelSpec) -> None:
         self._models[spec.name] = spec
 
-    def expect(self, request: int, namespace: object, prompt: Iterable[int]) -> None:
+    def expect(self, request: int, namespace: object, contexts: list[int]) -> None:
         """This request may read KV that requests of the same namespace wrote, where it is the KV
-        of its own tokens. Of a request that is not announced every position must be its own."""
-        self._expected[request] = (namespace, contexts_of(prompt))
+        of its own tokens (`contexts_of` its prompt). Of a request that is not announced every
+        position must be its own."""
+        self._expected[request] = (namespace, contexts)
 
     def submit(self, action: UnitAction) -> None:
         """Queue it. Ids ascend, and `after` names earlier ones only."""

@@ -126,7 +126,8 @@ class Body:
             if isinstance(event, Submit):
                 request = event.request
                 namespace = (request.tenant, request.adapter)
-                self.executor.expect(request.id, namespace, request.prompt)
+                contexts = contexts_of(request.prompt, adapter=request.adapter)
+                self.executor.expect(request.id, namespace, contexts)
         self.outcome.decisions += 1
         assert self.outcome.decisions < MAX_DECISIONS, "the scenario does not end"
         for out in self.scheduler.handle(events, self.now_ns):

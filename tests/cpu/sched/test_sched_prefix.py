@@ -195,14 +195,18 @@ def test_crowds_that_share_beginnings_in_little_memory(seed: int, fail: float) -
 def crowd(seed: int, fail: float) -> Scenario:
     scenario = random_scenario(seed, fail=fail, requests=12)
     arrivals: list[tuple[int, UnitEvent]] = []
-    names = [m.name for m in scenario.models[:2]]
+    names = [m.name for m in scenario.models if m.base is None][:2]
+    on_it = {name: [m.name for m in scenario.models if m.base == name] for name in names}
     for at, event in scenario.arrivals:
         if isinstance(event, Submit):
             request = event.request
             begin = tuple((seed + j) % 7 for j in range(16))[: 4 + request.id]
             name = names[request.id % len(names)]
             prompt = (*begin, *request.prompt)[:20]
-            event = Submit(request=msgspec.structs.replace(request, model=name, prompt=prompt))
+            request = msgspec.structs.replace(request, model=name, prompt=prompt)
+            if request.adapter not in on_it[name]:
+                request = msgspec.structs.replace(request, adapter=None)
+            event = Submit(request=request)
         arrivals.append((at, event))
     scenario.arrivals = arrivals
     return scenario
