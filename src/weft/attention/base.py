@@ -5,7 +5,7 @@ S tokens a page, N slots, L layers.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -111,6 +111,38 @@ class AttentionBackend(Protocol):
         them. Query head h reads KV head h // (Q / G). Returns [T, Q, D], contiguous.
 
         A row's result depends on its own tokens and cache alone.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of query and key heads before the rotary embedding (Qwen3, Gemma 3)."""
+
+    query_D: torch.Tensor
+    key_D: torch.Tensor
+    eps: float
+    offset: float
+
+
+@runtime_checkable
+class HeadsBackend(AttentionBackend, Protocol):
+    """A backend that takes the fused QKV product as it is."""
+
+    def run_heads(
+        self,
+        layer: int,
+        heads_TGXD: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        norms: HeadNorms | None,
+        kv: KvView,
+        params: AttentionParams = PLAIN_ATTENTION,
+    ) -> torch.Tensor:
+        """As norm, rotary embedding and `run` one after the other. heads [T, G, Q / G + 2, D]: per
+        KV head its queries, its key, its value; rope: cos and sin tables [positions, E].
+
+        Tokens at negative positions belong to no request and rows that start at -1 neither: nothing
+        is stored for them, and what comes out for them has no meaning.
         """
         ...
 

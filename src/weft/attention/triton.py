@@ -8,8 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from weft.attention.base import PLAIN_ATTENTION, AttentionParams, ForwardBatch, KvView
+from weft.attention.base import (
+    PLAIN_ATTENTION,
+    AttentionParams,
+    ForwardBatch,
+    HeadNorms,
+    KvView,
+)
 from weft.kernels.elementwise import store_kv
+from weft.kernels.heads import split_heads
 from weft.kernels.paged_attention import (
     ChunkBlocks,
     chunk_attention,
@@ -32,7 +39,7 @@ class _DecodeRows:
 
 
 class TritonAttention:
-    """Implements `attention.base.AttentionBackend` on CUDA. One object per lane, for all models.
+    """Implements `attention.base.HeadsBackend` on CUDA. One object per lane, for all models.
 
     `splits` fixes how often the keys of decode rows are cut (tests); by default it follows from
     the plan's shape.
@@ -92,14 +99,48 @@ class TritonAttention:
     ) -> torch.Tensor:
         batch = self._batch
         assert batch is not None, "plan() was not called"
-        if not self._cut:
-            group = q_TQD.shape[1] // k_TGD.shape[1]
-            self._cut_rows(batch, group, q_TQD.shape[2], q_TQD.element_size())
-        decode, chunks = self._decode, self._chunks
         pages = kv.pages[:, layer]
         store_kv(
             k_TGD, v_TGD, pages, batch.positions, batch.token_rows, batch.slots, batch.page_table
         )
+        return self._attend(q_TQD, pages, params)
+
+    def run_heads(
+        self,
+        layer: int,
+        heads_TGXD: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        norms: HeadNorms | None,
+        kv: KvView,
+        params: AttentionParams = PLAIN_ATTENTION,
+    ) -> torch.Tensor:
+        batch = self._batch
+        assert batch is not None, "plan() was not called"
+        pages = kv.pages[:, layer]
+        q_TQD = split_heads(
+            heads_TGXD,
+            *rope,
+            pages,
+            batch.positions,
+            batch.token_rows,
+            batch.slots,
+            batch.page_table,
+            norms=None if norms is None else (norms.query_D, norms.key_D),
+            eps=0.0 if norms is None else norms.eps,
+            norm_offset=0.0 if norms is None else norms.offset,
+        )
+        return self._attend(q_TQD, pages, params)
+
+    def _attend(
+        self, q_TQD: torch.Tensor, pages: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        """K and V of the step are in `pages`, one layer's view of the pool."""
+        batch, kv_heads = self._batch, pages.shape[3]
+        assert batch is not None
+        if not self._cut:
+            group = q_TQD.shape[1] // kv_heads
+            self._cut_rows(batch, group, q_TQD.shape[2], q_TQD.element_size())
+        decode, chunks = self._decode, self._chunks
         out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype, device=q_TQD.device)
         how = {
             "scale": q_TQD.shape[2] ** -0.5 if params.scale is None else params.scale,
@@ -109,9 +150,7 @@ class TritonAttention:
         if decode is not None:
             rows = decode.slot.shape[0]
             seen = min(decode.longest, params.window or decode.longest)
-            splits = self._splits or decode_splits(
-                rows, k_TGD.shape[1], seen, num_sms=self._num_sms
-            )
+            splits = self._splits or decode_splits(rows, kv_heads, seen, num_sms=self._num_sms)
             if splits > 1:
                 self._reserve(rows * splits * q_TQD.shape[1], q_TQD.shape[2], q_TQD.device)
             decode_attention(

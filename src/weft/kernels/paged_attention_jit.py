@@ -229,8 +229,11 @@ def merge_kernel(
     at = (row.to(tl.int64) * splits + offs_s) * Q_HEADS + head
     lse = tl.load(part_lse_ptr + at, mask=in_s, other=float("-inf"))
     top = tl.max(lse, 0)
+    # A row that only fills the batch has no keys at all: it becomes zeros.
+    top = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp2(lse - top)
     total = tl.sum(weight, 0)
+    total = tl.where(total == 0.0, 1.0, total)
     part = tl.load(
         part_ptr + at[:, None] * HEAD_DIM + offs_d[None, :],
         mask=in_s[:, None] & (offs_d < HEAD_DIM)[None, :],

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from weft.attention.base import AttentionBackend, AttentionParams, ForwardBatch, KvView
+from weft.attention.base import (
+    AttentionBackend,
+    AttentionParams,
+    ForwardBatch,
+    HeadNorms,
+    HeadsBackend,
+    KvView,
+)
 from weft.core.model import Architecture
 from weft.models.layout import gate_up_blocks, image_layout
 from weft.models.linear import DenseLinear, Linear
@@ -37,8 +44,7 @@ def torch_dtype(name: str) -> torch.dtype:
 class _Layer:
     input_norm: torch.Tensor
     qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    norms: HeadNorms | None
     o: Linear
     attention_out_norm: torch.Tensor | None
     post_norm: torch.Tensor
@@ -138,7 +144,9 @@ class Decoder:
         residual_TH = self._embed[batch.token_ids]
         if self._embed_scale != 1.0:
             residual_TH = residual_TH * self._embed_scale
-        ropes = [(cos[batch.positions], sin[batch.positions]) for cos, sin in self._ropes]
+        ropes = self._ropes
+        if not isinstance(attention, HeadsBackend):
+            ropes = [(cos[batch.positions], sin[batch.positions]) for cos, sin in ropes]
         delta_TH: torch.Tensor | None = None
         for i, layer in enumerate(self._layers):
             announce(i)
@@ -182,22 +190,36 @@ class Decoder:
         arch = self.arch
         tokens, group = x_TH.shape[0], arch.group_size
         heads = layer.qkv(x_TH).view(tokens, arch.num_kv_heads, group + 2, arch.head_dim)
-        v_TGD = heads[:, :, group + 1]
-        keyed = heads[:, :, : group + 1]
-        if layer.q_norm is not None and layer.k_norm is not None:
+        if isinstance(attention, HeadsBackend):
+            out_TQD = attention.run_heads(index, heads, rope, layer.norms, kv, layer.attention)
+        else:
+            q_TQD, k_TGD = self._rotate(heads, rope, layer.norms)
+            v_TGD = heads[:, :, group + 1]
+            out_TQD = attention.run(index, q_TQD, k_TGD, v_TGD, kv, layer.attention)
+        return layer.o(out_TQD.view(tokens, -1))
+
+    def _rotate(
+        self,
+        heads_TGXD: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        norms: HeadNorms | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [T, Q, D] and keys [T, G, D], normed where the model does so, and rotated."""
+        arch = self.arch
+        tokens, group = heads_TGXD.shape[0], arch.group_size
+        keyed = heads_TGXD[:, :, : group + 1]
+        if norms is not None:
             keyed = torch.cat(
                 (
-                    self._norm_heads(keyed[:, :, :group], layer.q_norm),
-                    self._norm_heads(keyed[:, :, group:], layer.k_norm),
+                    self._norm_heads(keyed[:, :, :group], norms.query_D),
+                    self._norm_heads(keyed[:, :, group:], norms.key_D),
                 ),
                 dim=2,
             )
         rotated = self.ops.rotary(keyed.reshape(tokens, -1, arch.head_dim), *rope)
         rotated = rotated.view(tokens, arch.num_kv_heads, group + 1, arch.head_dim)
         q_TQD = rotated[:, :, :group].reshape(tokens, arch.num_q_heads, arch.head_dim)
-        k_TGD = rotated[:, :, group]
-        out_TQD = attention.run(index, q_TQD, k_TGD, v_TGD, kv, layer.attention)
-        return layer.o(out_TQD.view(tokens, -1))
+        return q_TQD, rotated[:, :, group]
 
     def _norm_heads(self, heads: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
         flat = heads.reshape(-1, heads.shape[-1])
@@ -221,11 +243,14 @@ def _layer_views(views: dict[str, torch.Tensor], arch: Architecture, index: int)
         return None if bias is None else bias.flatten()
 
     window = arch.window(index)
+    q_norm, k_norm = maybe("q_norm"), maybe("k_norm")
+    norms = None
+    if q_norm is not None and k_norm is not None:
+        norms = HeadNorms(q_norm, k_norm, arch.norm_eps, arch.norm_offset)
     return _Layer(
         input_norm=view("input_norm"),
         qkv=DenseLinear(view("qkv").flatten(0, 1), flat("qkv_bias")),
-        q_norm=maybe("q_norm"),
-        k_norm=maybe("k_norm"),
+        norms=norms,
         o=DenseLinear(view("o"), flat("o_bias"), transposed=True),
         attention_out_norm=maybe("attention_out_norm"),
         post_norm=view("post_norm"),

@@ -65,3 +65,26 @@ def test_backend_equals_the_twin(starts: list[int], counts: list[int], splits: i
         place = int(table[slots[-1], last // PAGE_TOKENS]), last % PAGE_TOKENS
         assert torch.equal(pages[place[0], layer, 0, place[1]], k[-1])
         assert torch.equal(pages[place[0], layer, 1, place[1]], v[-1])
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_rows_that_fill_a_batch_are_zeros_and_touch_nothing(splits: int) -> None:
+    pages = torch.randn(24, LAYERS, 2, PAGE_TOKENS, KV_HEADS, HEAD_DIM)
+    before = pages.clone()
+    table = torch.randperm(24)[:16].view(2, 8).int()
+    table[1] = 1 << 30  # whoever reads it leaves the pool
+    batch = step([0, 1], [20, -1], [1, 1], table)
+    backend = TritonAttention(splits=splits)
+    backend.plan(batch, KvView(pages))
+    group = Q_HEADS // KV_HEADS
+    heads = torch.randn(2, KV_HEADS, group + 2, HEAD_DIM)
+    flat = torch.ones(32, HEAD_DIM // 2), torch.zeros(32, HEAD_DIM // 2)
+    out = backend.run_heads(1, heads, flat, None, KvView(pages))
+    place = int(table[0, 20 // PAGE_TOKENS]), 20 % PAGE_TOKENS
+    assert torch.equal(pages[place[0], 1, 0, place[1]], heads[0, :, group])
+    q = heads[:1, :, :group].reshape(1, Q_HEADS, HEAD_DIM)
+    ref, _ = attention_torch(q, pages[:, 1], table, [0], [20], [1], scale=HEAD_DIM**-0.5)
+    assert relative_error(out[:1], ref) < 1e-6
+    assert torch.equal(out[1], torch.zeros_like(out[1]))
+    pages[place[0], 1, :, place[1]] = before[place[0], 1, :, place[1]]
+    assert torch.equal(pages, before)

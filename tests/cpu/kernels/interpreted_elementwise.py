@@ -11,6 +11,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 
 from weft.attention.base import ForwardBatch, KvView, store_kv, token_places  # noqa: E402
 from weft.kernels import elementwise  # noqa: E402
+from weft.kernels.heads import split_heads  # noqa: E402
 from weft.models.ops import TorchOps  # noqa: E402
 
 OURS, TWIN = elementwise.TritonOps(), TorchOps()
@@ -76,3 +77,56 @@ def test_store_writes_these_places_only() -> None:
     store_kv(token_places(batch, page_tokens), 1, k, v, KvView(expected))
     elementwise.store_kv(k, v, pages[:, 1], positions, rows, slots, table)
     assert torch.equal(pages, expected)
+
+
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+@pytest.mark.parametrize("rotary_dim", [12, 8])
+@DTYPES
+def test_heads_in_one_kernel_are_the_parts(
+    dtype: torch.dtype, rotary_dim: int, offset: float | None
+) -> None:
+    layers, page_tokens, kv_heads, group, head_dim = 2, 4, 2, 3, 12
+    pages = torch.full((7, layers, 2, page_tokens, kv_heads, head_dim), -7.0, dtype=dtype)
+    table = torch.tensor([[6, 1, 9], [0, 3, 9], [4, 5, 2]], dtype=torch.int32)
+    slots, rows = torch.tensor([2, 1, 0]), torch.tensor([0, 0, 1, 2])
+    positions = torch.tensor([3, 4, 7, -1])  # the last row only fills the batch
+    heads = torch.randn(4, kv_heads, group + 2, head_dim).to(dtype)
+    angle = torch.randn(8, rotary_dim // 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    norms = None
+    keyed = heads[:, :, : group + 1]
+    if offset is not None:
+        norms = torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype)
+        parts = keyed[:, :, :group], keyed[:, :, group:]
+        keyed = torch.cat(
+            [
+                TWIN.rms_norm(x.reshape(-1, head_dim), w, 1e-6, offset).view(x.shape)
+                for x, w in zip(parts, norms, strict=True)
+            ],
+            dim=2,
+        )
+    ref = TWIN.rotary(keyed.flatten(1, 2), cos[positions], sin[positions]).view_as(keyed)
+    expected = pages.clone()
+    for token, (page, at) in enumerate([(4, 3), (5, 0), (3, 3)]):
+        expected[page, 1, 0, at] = ref[token, :, group]
+        expected[page, 1, 1, at] = heads[token, :, group + 1]
+    q = split_heads(
+        heads,
+        cos,
+        sin,
+        pages[:, 1],
+        positions,
+        rows,
+        slots,
+        table,
+        norms=norms,
+        eps=1e-6,
+        norm_offset=offset or 0.0,
+    )
+    assert relative_error(q[:3], ref[:3, :, :group].flatten(1, 2)) < LIMITS[dtype]
+    untouched = torch.ones(7, dtype=torch.bool)
+    untouched[[4, 5, 3]] = False
+    assert torch.equal(pages[untouched], expected[untouched])
+    assert torch.equal(pages == -7.0, expected == -7.0)
+    assert relative_error(pages, expected) < LIMITS[dtype]
+    assert torch.equal(pages[:, 1, 1], expected[:, 1, 1])
