@@ -48,10 +48,21 @@ def _check_row(row: Row, repeat: int, model: BoundModel, unit: UnitSpec) -> None
             raise ValueError(f"{who}: a page id is outside 0 .. {model.kv.pages.shape[0] - 1}")
     if row.sample is not None:
         _check_sampling(row, row.sample, repeat, model)
-    if row.targets or row.embed is not None:
-        raise ValueError(f"{who}: scores of prompts and embeddings are not computed yet")
+    _check_prompt(row, repeat, model)
     if row.adapter is not None:
         raise ValueError(f"{who}: adapters are not supported yet")
+
+
+def _check_prompt(row: Row, repeat: int, model: BoundModel) -> None:
+    who, vocab = f"request {row.request}", model.arch.vocab_size
+    if repeat > 1 and (row.targets or row.embed is not None):
+        raise ValueError(f"{who}: a row that reports of its prompt is not repeated")
+    if len(row.targets) > row.num_tokens:
+        raise ValueError(f"{who}: {len(row.targets)} targets for {row.num_tokens} tokens")
+    if row.targets and not 0 <= min(row.targets) <= max(row.targets) < vocab:
+        raise ValueError(f"{who}: a target is outside 0 .. {vocab - 1}")
+    if not 0 <= row.target_logprobs <= MAX_LOGPROBS:
+        raise ValueError(f"{who}: logprobs of {row.target_logprobs} tokens")
 
 
 def _check_sampling(row: Row, sampling: Sampling, repeat: int, model: BoundModel) -> None:

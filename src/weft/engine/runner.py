@@ -30,6 +30,7 @@ from weft.engine.adjust import (
 from weft.engine.logprobs import score
 from weft.engine.model import BoundModel
 from weft.engine.plan_check import check_plan
+from weft.engine.prompts import report_prompts, scored_positions
 from weft.engine.sampler import SamplingBatch, sample
 from weft.engine.staging import Buffers, page_entries, stage_rows, stop_table
 from weft.engine.step import Step
@@ -111,11 +112,15 @@ class Runner:
         batch = self._batch(step, buffers, rows)
         model = step.model
         self._attention.plan(batch, model.kv)
-        logits_SV = model.decoder.forward(batch, self._attention, model.kv, before_layer)
+        states = model.decoder.run_layers(batch, self._attention, model.kv, before_layer)
+        final_SH = model.decoder.final_states(states, batch.sample_tokens)
+        logits_SV = model.decoder.logits(final_SH)
         if self._tap is not None:
             self._tap(plan, iteration, logits_SV.clone())
         if step.sampling is not None:
             self._draw(step, step.sampling, logits_SV)
+        if step.prompt_parts is not None:
+            report_prompts(step, states)
         step.launched += 1
 
     def _advance(self, step: Step, buffers: Buffers) -> None:
@@ -135,13 +140,18 @@ class Runner:
         rows = [plan.rows[j] for j in step.sampling_rows]
         stops = stop_table(plan)
         scoring = np.array([i for i, _ in step.scoring], dtype=np.int64)
+        scored = scored_positions(plan)
         entries = page_entries(plan, table.shape[1])
-        arrays = [*entries, stops.reshape(-1), *bias_arrays(rows), scoring]
-        places, pages, stop_ids, at, ids, values, scoring_rows = step.buffers.early.put(arrays)
+        arrays = [*entries, stops.reshape(-1), *bias_arrays(rows), scoring, *scored]
+        places, pages, stop_ids, at, ids, values, scoring_rows, scored_tokens, targets = (
+            step.buffers.early.put(arrays)
+        )
         if len(places):
             table.view(-1).index_copy_(0, places, pages.to(torch.int32))
         if len(values):
             step.bias = Bias(Entries(at, ids), values)
+        if len(targets) or any(row.embed is not None for row in plan.rows):
+            step.prompt_parts = scored_tokens, targets
         if len(scoring):
             step.scoring_rows = scoring_rows
         if rows:

@@ -43,6 +43,13 @@ class Step:
         """The same rows, int64 on the device; None where none does."""
         self.scored: torch.Tensor | None = None
         """float64 [repeat, scoring rows, ..] on the host: see `logprobs.score`."""
+        self.prompt_parts: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Tokens of the step to score and their targets, int64 [P] on the device; None where no row
+        reports of its prompt."""
+        self.prompt_scored: torch.Tensor | None = None
+        """float64 [P, ..] on the host: all rows' targets, one after another."""
+        self.pooled: torch.Tensor | None = None
+        """float32 [rows with `embed`, H] on the host."""
 
     def tokens(self, iteration: int) -> tuple[int, ...]:
         """The token each row drew, NO_TOKEN where none."""
@@ -64,6 +71,26 @@ class Step:
             if tokens[j] != NO_TOKEN:
                 out[j] = unpack(scored, tokens[j], top)
         return tuple(out)
+
+    def prompt_logprobs(self) -> tuple[tuple[TokenLogprobs, ...], ...]:
+        """Per row, for its targets; empty where no row has any."""
+        if self.prompt_scored is None:
+            return ()
+        scored = iter(self.prompt_scored.numpy())
+        return tuple(
+            tuple(unpack(next(scored), target, row.target_logprobs) for target in row.targets)
+            for row in self.plan.rows
+        )
+
+    def embeddings(self) -> tuple[bytes | None, ...]:
+        """Per row; empty where no row asked for any."""
+        if self.pooled is None:
+            return ()
+        vectors = iter(self.pooled.numpy())
+        return tuple(
+            None if row.embed is None else next(vectors).astype("<f4").tobytes()
+            for row in self.plan.rows
+        )
 
     def row_errors(self) -> tuple[str | None, ...]:
         if not self.errors:
@@ -94,5 +121,7 @@ def step_done(
         token_ns=tuple(token_ns),
         device_ns=device_ns,
         logprobs=logprobs if any(logprobs) else (),
+        prompt_logprobs=step.prompt_logprobs(),
+        embeddings=step.embeddings(),
         errors=step.row_errors(),
     )

@@ -56,6 +56,14 @@ class _Layer:
     """Which of the decoder's rotary tables."""
 
 
+@dataclass(frozen=True)
+class LayerStates:
+    """What the last layer leaves: its own result, not yet added to the residual."""
+
+    delta_TH: torch.Tensor
+    residual_TH: torch.Tensor
+
+
 class Decoder:
     """Typed views over one weight image, and the forward pass over them.
 
@@ -131,8 +139,20 @@ class Decoder:
         kv: KvView,
         before_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """Logits [S, V] of `batch.sample_tokens`, in the model's dtype; K and V of all tokens are
-        in the pool afterwards. `attention.plan(batch, kv)` must have been called.
+        """Logits [S, V] of `batch.sample_tokens`, in the model's dtype. See `run_layers`."""
+        states = self.run_layers(batch, attention, kv, before_layer)
+        return self.logits(self.final_states(states, batch.sample_tokens))
+
+    @torch.inference_mode()
+    def run_layers(
+        self,
+        batch: ForwardBatch,
+        attention: AttentionBackend,
+        kv: KvView,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> LayerStates:
+        """All tokens through all layers; K and V of all of them are in the pool afterwards.
+        `attention.plan(batch, kv)` must have been called.
 
         before_layer is called with -1 before the embedding is read, with i before layer i, with
         num_layers before the final norm and head: a load may be followed, extent by extent (extent
@@ -157,9 +177,19 @@ class Decoder:
             x_TH = self._mlp(layer, x_TH)
             delta_TH = self._norm_branch(x_TH, layer.mlp_out_norm)
         announce(self.arch.num_layers)
-        chosen = batch.sample_tokens
         assert delta_TH is not None
-        x_SH, _ = self._norm_after(delta_TH[chosen], residual_TH[chosen], self._norm)
+        return LayerStates(delta_TH, residual_TH)
+
+    @torch.inference_mode()
+    def final_states(self, states: LayerStates, chosen_S: torch.Tensor) -> torch.Tensor:
+        """[S, H]: what the head reads, and an embedding is made of, at these tokens of the step:
+        the hidden states after the last norm."""
+        delta_SH, residual_SH = states.delta_TH[chosen_S], states.residual_TH[chosen_S]
+        return self._norm_after(delta_SH, residual_SH, self._norm)[0]
+
+    @torch.inference_mode()
+    def logits(self, x_SH: torch.Tensor) -> torch.Tensor:
+        """[S, V] from `final_states`."""
         logits_SV = torch.mm(x_SH, self._lm_head.t())[:, : self.arch.vocab_size]
         cap = self.arch.logit_cap
         return logits_SV if cap is None else (logits_SV / cap).tanh() * cap
