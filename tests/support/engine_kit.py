@@ -118,7 +118,12 @@ def fill_store(
         size = model.spec.weight_bytes
         with open_checkpoint(model.path) as checkpoint, host.view(at, size) as out:
             build_image(checkpoint, model.arch, out)
-        images[name] = ImageRef(key=image_key(model.path, model.arch), offset=at, num_bytes=size)
+        images[name] = ImageRef(
+            key=image_key(model.path, model.arch),
+            offset=at,
+            num_bytes=size,
+            tokenizer=str(model.path / "tokenizer.json"),
+        )
         at += size
     return host, images
 

@@ -10,7 +10,7 @@ from support.engine_kit import Engine, await_events, is_end
 from weft.core.actions import Emit, KvGone, KvParked, UnitAction, WakeAt
 from weft.core.events import Assign, Failed, Submit, UnitEvent, Woke
 from weft.core.ids import ActionId, RequestId
-from weft.core.request import FinishReason, ParkedKv, Request
+from weft.core.request import FinishReason, ParkedKv, Request, TokenLogprobs
 from weft.policy.presets import preset
 from weft.sched.scheduler import UnitScheduler
 from weft.sim.plan_record import PlanRecorder
@@ -28,6 +28,9 @@ class UnitRun:
         self.tokens: dict[RequestId, list[int]] = {}
         self.finish: dict[RequestId, FinishReason] = {}
         self.errors: dict[RequestId, str] = {}
+        self.logprobs: dict[RequestId, list[TokenLogprobs]] = {}
+        self.prompt_logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = {}
+        self.embeddings: dict[RequestId, tuple[bytes, ...]] = {}
         self.parked: dict[RequestId, ParkedKv] = {}
         self.actions: list[UnitAction] = []
         """Everything submitted, in order."""
@@ -84,6 +87,12 @@ class UnitRun:
             case Emit():
                 assert item.request not in self.finish, f"request {item.request}: after its end"
                 self.tokens[item.request].extend(item.tokens)
+                self.logprobs.setdefault(item.request, []).extend(item.logprobs)
+                if item.prompt_logprobs:
+                    assert item.request not in self.prompt_logprobs, "prompt scores came twice"
+                    self.prompt_logprobs[item.request] = item.prompt_logprobs
+                if item.embedding:
+                    self.embeddings[item.request] = item.embedding
                 if item.finish is not None:
                     self.finish[item.request] = item.finish
                     self._open.remove(item.request)
