@@ -183,8 +183,20 @@ class WakeAt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     at_ns: int
 
 
+class WeightsMoved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A model's weights began to come, came, left, or cannot come: for the log."""
+
+    model: ModelName
+    state: Literal["loading", "resident", "absent", "failed"]
+    cause: str
+    """Why, in a word or two (`sched.residency`); for "failed" the whole reason."""
+    num_bytes: int = 0
+    duration_ns: int = 0
+    """Since the load or drop was ordered."""
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     status: UnitStatus
 
 
-UnitNotice = Emit | KvParked | KvGone | WakeAt | Status
+UnitNotice = Emit | KvParked | KvGone | WakeAt | WeightsMoved | Status

@@ -38,6 +38,27 @@ class Pin(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     pinned: bool
 
 
+class Warm(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Bring the model's weights in as soon as that takes no room from a model with work."""
+
+    model: ModelName
+
+
+class Unload(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Take the model's weights off the device as soon as it has no work. It stays assigned: its
+    next request brings it back. A pinned model stays."""
+
+    model: ModelName
+
+
+class BindFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The executor cannot take the model that was just assigned; another try may follow when it
+    is assigned again."""
+
+    model: ModelName
+    reason: str
+
+
 class Drain(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Finish what is here, refuse new requests."""
 
@@ -103,6 +124,9 @@ UnitEvent = (
     | Assign
     | Unassign
     | Pin
+    | Warm
+    | Unload
+    | BindFailed
     | Drain
     | ReportStatus
     | StepDone

@@ -132,6 +132,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     pinned: bool = False
     """Never evicted once resident."""
+    preload: bool = False
+    """Loaded once as soon as it is assigned and there is room."""
+    keep_alive_s: float = -1
+    """Idle for so long since its last request, its weights leave the device; negative: never for
+    that reason."""
     weight: float = 1.0
     """Share of turn time relative to the other models."""
     ttft_slo_s: float = 10.0
@@ -147,6 +152,8 @@ def model_spec(
     max_context_tokens: int | None = None,
     page_tokens: int | None = None,
     pinned: bool = False,
+    preload: bool = False,
+    keep_alive_s: float = -1,
     weight: float = 1.0,
     ttft_slo_s: float = 10.0,
     tbt_slo_s: float = 0.1,
@@ -163,6 +170,8 @@ def model_spec(
         eos_ids=eos_ids,
         vocab_size=arch.vocab_size,
         pinned=pinned,
+        preload=preload,
+        keep_alive_s=keep_alive_s,
         weight=weight,
         ttft_slo_s=ttft_slo_s,
         tbt_slo_s=tbt_slo_s,

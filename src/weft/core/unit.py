@@ -61,6 +61,22 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Pages of the prefix cache in the host store; their room counts as unused."""
     reason: str | None = None
     """Why its state is failed."""
+    loads_by: dict[str, int] = {}
+    """`switches_in` by cause (`sched.residency`)."""
+    drops_by: dict[str, int] = {}
+    """`switches_out` by cause."""
+    load_ns: int = 0
+    """Time of all its loads, each from the order to the last byte."""
+    load_bytes: int = 0
+    """Weights that came in."""
+    begun: int = 0
+    """Requests that have begun: their first step was planned."""
+    queue_wait_ns: int = 0
+    """From their arrival to that, together."""
+    preemptions: int = 0
+    """Times a running request had to give its device memory up."""
+    parks: int = 0
+    """Of these, the ones whose KV was copied to the host (the others compute it again)."""
 
 
 class UnitStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,3 +94,5 @@ class UnitStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Progress: bytes moved by loads and KV copies since the unit began."""
     waiting: int
     """Requests that are not finished."""
+    progress: int = 0
+    """Progress within actions: parts of loads and host memory made ready. Any unit of count."""

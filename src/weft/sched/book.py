@@ -28,6 +28,7 @@ from weft.policy.prefill.base import Waiting
 
 Phase = Literal["queued", "running", "parking", "parked", "resuming", "finished"]
 Leaving = Literal["kv", "all"]
+Wish = Literal["preload", "asked"]
 
 
 @dataclass(eq=False, slots=True)
@@ -156,6 +157,16 @@ class ModelEntry:
     unfit: bool = False
     """`failed` because of the models that stay beside it: undone when they go."""
     unassigned: bool = False
+    wish: Wish | None = None
+    """Bring it in without a request: at its turn behind everybody with work."""
+    unload: bool = False
+    """Take it off the device when it has no work."""
+    idle_since_ns: int | None = None
+    """When its last request ended; None while it has work or if it had none since it came."""
+    load_cause: str = ""
+    leave_cause: str = ""
+    ordered_ns: int = 0
+    """When the load or drop in flight was ordered."""
     starving: bool = False
     """A row of the last step planned found no room to grow: nobody else is brought in before."""
     blocked: bool = False
@@ -166,6 +177,14 @@ class ModelEntry:
     """Positions whose KV was found in the prefix cache."""
     switches_in: int = 0
     switches_out: int = 0
+    loads_by: dict[str, int] = field(default_factory=dict)
+    drops_by: dict[str, int] = field(default_factory=dict)
+    load_ns: int = 0
+    load_bytes: int = 0
+    begun: int = 0
+    queue_wait_ns: int = 0
+    preemptions: int = 0
+    parks: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     draws: int = 0
@@ -254,7 +273,15 @@ class Book:
         """Tell the client now; memory follows when the request is idle (`reap`)."""
         assert state.phase != "finished"
         state.phase = "finished"
-        del self.models[state.request.model].members[state.id]
+        entry = self.models[state.request.model]
+        del entry.members[state.id]
+        if not entry.members:
+            entry.idle_since_ns = self.now_ns
+        adapter = self.models.get(state.request.adapter) if state.request.adapter else None
+        if adapter and not any(
+            s.request.adapter == adapter.spec.name for s in entry.members.values()
+        ):
+            adapter.idle_since_ns = self.now_ns
         self.emit(state, answer or Answer(), finish=reason, error=error)
 
     def emit(

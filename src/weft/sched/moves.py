@@ -12,10 +12,10 @@ from weft.core.events import Failed
 from weft.core.ids import ActionId, ModelName
 from weft.core.request import ParkedKv
 from weft.policy.presets import Preset
-from weft.policy.residency.base import ResidentView
 from weft.sched import adapters
 from weft.sched.book import Book, Leaving, ModelEntry, RequestState, waiting_view
 from weft.sched.prefix import PrefixCache
+from weft.sched.residency import Residents
 
 MAX_LOAD_FAILS = 3
 MAX_MAP_FAILS = 30
@@ -37,6 +37,7 @@ class Mover:
         self._book = book
         self._preset = preset
         self._prefixes = prefixes
+        self.residents = Residents(book, preset.residency)
         self._short = self._was_short = False
         """Somebody found no room in this round, in the one before."""
 
@@ -77,22 +78,16 @@ class Mover:
             for victim in victims:
                 if missing <= 0:
                     return False
-                missing -= self._send_away(victim, "all" if leaving == "all" else "kv")
+                missing -= self.send_away(victim, "all" if leaving == "all" else "kv", "room")
         return False
 
     def _victims(self, keep: Collection[ModelName]) -> list[ModelName]:
         if not self._preset.residency.evicts:
             return []
         views = [
-            ResidentView(
-                model=name,
-                pinned=entry.spec.pinned,
-                has_work=bool(adapters.users(self._book, entry)),
-                last_used_ns=entry.last_used_ns,
-                granules=self._book.memory(name).held_granules,
-            )
-            for name, entry in self._book.models.items()
-            if not self._spared(entry, keep) and self._book.memory(name).held_granules
+            view
+            for view in self.residents.views()
+            if not self._spared(self._book.models[view.model], keep)
         ]
         return self._preset.residency.victims(views, self._book.now_ns)
 
@@ -112,9 +107,10 @@ class Mover:
         entries.sort(key=lambda e: (bool(e.members), e.last_used_ns, e.spec.name))
         return [entry.spec.name for entry in entries]
 
-    def _send_away(self, name: ModelName, leaving: Leaving) -> int:
+    def send_away(self, name: ModelName, leaving: Leaving, cause: str) -> int:
+        """Begin to move it out. Returns how many granules that will free."""
         entry, memory = self._book.models[name], self._book.memory(name)
-        entry.leaving = leaving
+        entry.leaving, entry.leave_cause = leaving, cause
         self._book.changes += 1
         freed = len(memory.kv.granules) - len(memory.kv.unmapping)
         return freed + (len(memory.weights) if leaving == "all" else 0)
@@ -128,6 +124,7 @@ class Mover:
             users = adapters.users(self._book, entry)
             if useless and not users and self._book.memory(name).held_granules:
                 entry.leaving = "all"
+                entry.leave_cause = "removed" if entry.unassigned else "failed"
             if not entry.leaving:
                 continue
             memory = self._book.memory(name)
@@ -151,6 +148,7 @@ class Mover:
     def park(self, entry: ModelEntry, state: RequestState) -> None:
         """Copy the KV to the host store; where that cannot be, forget it and compute it again."""
         self._book.rewind(state)
+        entry.preemptions += 1
         memory = self._book.memory(entry.spec.name)
         pages = state.pages[: memory.pages_for(state.computed)]
         extents = None
@@ -161,6 +159,7 @@ class Mover:
             return
         action = self._book.new_id()
         after = self._book.after(action, reads=[("kv", state.id)], writes=[("x", state.id)])
+        entry.parks += 1
         state.parked = ParkedKv(extents=extents, tokens=state.computed)
         state.phase, state.copying = "parking", True
         self._submit(
@@ -180,6 +179,7 @@ class Mover:
         action = self._book.new_id()
         after = self._book.after(action, writes=[("w", name)])
         granules = self._book.ledger.begin_drop(name)
+        self._book.models[name].ordered_ns = self._book.now_ns
         self._submit(Drop(id=action, after=after, model=name, granules=granules))
 
     def _unmap(self, name: ModelName, at: list[int]) -> None:
@@ -199,7 +199,7 @@ class Mover:
     def bring_in(self, entry: ModelEntry, keep: Collection[ModelName]) -> None:
         """Weights of this model onto the device, room for its first request beside them."""
         memory = self._book.memory(entry.spec.name)
-        if not self._loadable(entry):
+        if not self.loadable(entry):
             return
         needs = {s.id: self._first_need(entry, s) for s in entry.members.values()}
         first = min(needs, key=lambda request: needs[request], default=None)
@@ -208,11 +208,11 @@ class Mover:
             if first is not None:
                 # Before the much larger base, whose load the first step may then follow.
                 self._load_adapter(self._book.requests[first])
-            self.load(entry)
+            self.load(entry, "request")
         elif not self.coming_granules() and memory.kv.granules:
             # Its load failed when its requests had their KV already: that KV must not keep its own
             # weights out.
-            self._send_away(entry.spec.name, "kv")
+            self.send_away(entry.spec.name, "kv", "room")
 
     def _first_need(self, entry: ModelEntry, state: RequestState) -> int:
         """Granules besides the model's weights that let this request begin."""
@@ -223,8 +223,8 @@ class Mover:
     def _load_adapter(self, state: RequestState) -> None:
         """If it is absent; the caller made room."""
         adapter = adapters.adapter_of(self._book, state)
-        if adapter is not None and not adapter.leaving and self._loadable(adapter):
-            self.load(adapter)
+        if adapter is not None and not adapter.leaving and self.loadable(adapter):
+            self.load(adapter, "request")
 
     def _bring_adapter(
         self, entry: ModelEntry, state: RequestState, keep: Collection[ModelName] | None
@@ -235,7 +235,7 @@ class Mover:
         adapter = adapters.adapter_of(self._book, state)
         assert adapter is not None
         name = adapter.spec.name
-        if adapter.leaving or not self._loadable(adapter):
+        if adapter.leaving or not self.loadable(adapter):
             return True
         pages = self._book.ledger.growth_granules(
             entry.spec.name, memory.pages_for(state.known + 1)
@@ -244,10 +244,10 @@ class Mover:
         free = self._book.ledger.free_granules >= missing
         if not free and (keep is None or not self.make_room(name, missing, keep)):
             return False
-        self.load(adapter)
+        self.load(adapter, "request")
         return True
 
-    def _loadable(self, entry: ModelEntry) -> bool:
+    def loadable(self, entry: ModelEntry) -> bool:
         """Runs that followed a failed load end a little after it. A load behind them would fail as
         their dependent, again and again, until the model is given up: it waits for their ends."""
         name = entry.spec.name
@@ -257,7 +257,7 @@ class Mover:
             return False
         return not self._book.ledger.hazards.busy(("w", name))
 
-    def load(self, entry: ModelEntry) -> None:
+    def load(self, entry: ModelEntry, cause: str) -> None:
         name = entry.spec.name
         action = self._book.new_id()
         granules = self._book.ledger.begin_load(name, action)
@@ -265,16 +265,35 @@ class Mover:
         after = self._book.after(action, writes=[("w", name)])
         entry.leaving = None
         entry.last_used_ns = self._book.now_ns
+        self.residents.load_ordered(entry, cause)
         self._submit(Load(id=action, after=after, model=name, granules=granules))
 
     def preload(self) -> None:
-        """Pinned and preloaded models come in while there is room."""
+        """Pinned models, and all where the policy says so, come in while there is room."""
         for entry in self._book.models.values():
             memory = self._book.memory(entry.spec.name)
             wanted = entry.spec.pinned or self._preset.residency.preload
             fits = memory.weight_granules <= self._book.ledger.free_granules
-            if wanted and fits and self._loadable(entry):
-                self.load(entry)
+            if wanted and fits and self.loadable(entry):
+                self.load(entry, "pinned" if entry.spec.pinned else "preload")
+
+    def follow_wishes(self) -> None:
+        """Weights come and go without a request: what was asked for, what was idle for too long.
+        For moments in which nobody with work waits for room."""
+        for name in self.residents.to_leave():
+            self.send_away(name, "all", self.residents.why_leaves(self._book.models[name]))
+        for entry in self.residents.to_come():
+            need = self._book.memory(entry.spec.name).weight_granules
+            keep = self.residents.busy()
+            if not self.loadable(entry):
+                continue
+            if entry.wish == "preload" and need > self._book.ledger.free_granules:
+                continue
+            if self.residents.could_free(keep) + self.coming_granules() < need:
+                continue
+            if not self.make_room(entry.spec.name, need, keep):
+                return  # one after the other: two would take the same room
+            self.load(entry, entry.wish or "asked")
 
     def admit(
         self,
@@ -327,7 +346,7 @@ class Mover:
             return
         for name in self._kv_victims(keep):
             if any(s.slot is not None for s in self._book.models[name].members.values()):
-                self._send_away(name, "kv")
+                self.send_away(name, "kv", "room")
                 return
 
     def _admit_one(
@@ -454,11 +473,11 @@ class Mover:
         match action:
             case Load(model=name):
                 book.ledger.end_load(name)
-                book.models[name].switches_in += 1
                 book.models[name].load_fails = 0
+                self.residents.came(book.models[name], num_bytes)
             case Drop(model=name):
                 book.ledger.end_drop(name)
-                book.models[name].switches_out += 1
+                self.residents.left(book.models[name])
             case MapKv(model=name, at=at):
                 book.ledger.end_map(name, at)
                 book.models[name].map_fails = 0
@@ -524,6 +543,7 @@ class Mover:
     def fail_model(self, entry: ModelEntry) -> None:
         """End all requests that need it. Later ones are refused, for a while if another try may
         do, else until the model is assigned again."""
+        self.residents.cannot_come(entry)
         error = f"{MODEL_FAILED}: the model cannot be loaded: {entry.failed}"
         for state in adapters.users(self._book, entry):
             self._book.finish(state, "error", error=error)

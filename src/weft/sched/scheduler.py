@@ -15,6 +15,7 @@ from weft.core.actions import Emit, KvGone, Status, UnitAction, UnitNotice, Wake
 from weft.core.errors import CONTEXT_LENGTH, DRAINING, HOLD_DEADLINE, MODEL_FAILED, MODEL_NOT_FOUND
 from weft.core.events import (
     Assign,
+    BindFailed,
     Cancel,
     CopyDone,
     Done,
@@ -26,6 +27,8 @@ from weft.core.events import (
     Submit,
     Unassign,
     UnitEvent,
+    Unload,
+    Warm,
     Woke,
 )
 from weft.core.ids import ActionId, ModelName, RequestId
@@ -107,6 +110,9 @@ class UnitScheduler:
             case Pin(model=name, pinned=pinned):
                 if name in self._book.models:
                     self._pin(name, pinned)
+            case Warm() | Unload() | BindFailed():
+                if event.model in self._book.models:
+                    self._wish(event)
             case Drain():
                 self._book.draining = True
             case Woke():
@@ -144,6 +150,7 @@ class UnitScheduler:
         if entry is None:
             book.ledger.add_model(spec)
             entry = book.models[spec.name] = ModelEntry(spec, unassigned=True)
+            entry.wish = "preload" if spec.preload else None
         else:
             old = entry.spec
             same = (old.weight_bytes, old.page_bytes, old.page_tokens) == (
@@ -160,6 +167,17 @@ class UnitScheduler:
         entry.failed, entry.load_fails, entry.map_fails = None, 0, 0
         entry.unfit, entry.unassigned, entry.retry_ns = False, False, None
         self._check_fit()
+
+    def _wish(self, event: Warm | Unload | BindFailed) -> None:
+        entry = self._book.models[event.model]
+        match event:
+            case Warm():
+                self._mover.residents.warm(entry)
+            case Unload():
+                self._mover.residents.unload(entry)
+            case BindFailed(reason=reason):
+                entry.failed, entry.unfit = reason, False
+                self._mover.fail_model(entry)
 
     def _check_fit(self) -> None:
         """After a model came, went or was pinned: which models, and which of their requests, have
@@ -227,6 +245,9 @@ class UnitScheduler:
         state = RequestState(request, list(event.emitted), tuple({*eos, *request.stop_ids}))
         self._book.requests[request.id] = state
         entry.members[request.id] = state
+        for name in (request.model, request.adapter):
+            if name is not None:
+                self._book.models[name].idle_since_ns = None
         if event.emitted:
             state.began = state.spoke = True
         if event.emitted and len(state.emitted) >= request.max_tokens:
@@ -377,6 +398,8 @@ class UnitScheduler:
                 keep.add(holder.spec.name)
             mover.bring_in(upcoming, keep)
             mover.admit(upcoming, first=keep, further=None)
+        if not wanting and not (upcoming is not None and self._wants_room(upcoming)):
+            mover.follow_wishes()
         mover.continue_leaving()
         mover.preload()
 
@@ -410,6 +433,9 @@ class UnitScheduler:
         end = self._turns.end_ns()
         if end is not None and self._turns.next is not None and end > self._book.now_ns:
             times.append(end)
+        leaves_ns = self._mover.residents.next_ns()
+        if leaves_ns is not None:
+            times.append(leaves_ns)
         if times and (self._woken_for is None or min(times) < self._woken_for):
             self._woken_for = min(times)
             self._book.notices.append(WakeAt(at_ns=self._woken_for))
@@ -456,6 +482,14 @@ class UnitScheduler:
             kv_pages_cached=len(memory.kv.cached),
             host_pages_cached=memory.kv.index.num_hosted,
             reason=entry.failed,
+            loads_by=dict(entry.loads_by),
+            drops_by=dict(entry.drops_by),
+            load_ns=entry.load_ns,
+            load_bytes=entry.load_bytes,
+            begun=entry.begun,
+            queue_wait_ns=entry.queue_wait_ns,
+            preemptions=entry.preemptions,
+            parks=entry.parks,
         )
 
     @property

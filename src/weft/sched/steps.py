@@ -218,7 +218,10 @@ class Stepper:
             state.planned += row.num_tokens + repeat - 1
             state.runs_in_flight += 1
             state.pages_sent = len(state.pages)
-            state.began = True
+            if not state.began:
+                state.began = True
+                entry.begun += 1
+                entry.queue_wait_ns += max(book.now_ns - state.request.arrival_ns, 0)
             if row.sample is not None:
                 state.draws_in_flight += repeat
                 state.last_on_device = True

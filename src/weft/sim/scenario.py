@@ -10,15 +10,27 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from weft.core.actions import Emit, KvGone, KvParked, Status, UnitAction, UnitNotice, WakeAt
+from weft.core.actions import (
+    Emit,
+    KvGone,
+    KvParked,
+    Status,
+    UnitAction,
+    UnitNotice,
+    WakeAt,
+    WeightsMoved,
+)
 from weft.core.events import (
     Assign,
+    BindFailed,
     Cancel,
     Pin,
     ReportStatus,
     Submit,
     Unassign,
     UnitEvent,
+    Unload,
+    Warm,
     Woke,
 )
 from weft.core.ids import ModelName, RequestId
@@ -72,6 +84,7 @@ class Outcome:
     decisions: int = 0
     ended_ns: int = 0
     trace: list[tuple[int, UnitAction]] = field(default_factory=list)
+    moved: list[WeightsMoved] = field(default_factory=list)
 
 
 class Body:
@@ -170,6 +183,8 @@ class Body:
                 self.parked.pop(request, None)
             case WakeAt(at_ns=at_ns):
                 self._wake_ns = at_ns
+            case WeightsMoved():
+                out.moved.append(notice)
             case Status():
                 pass
 
@@ -294,7 +309,10 @@ def random_scenario(
         max_step_tokens=rng.choice([4, 16, 64]),
         max_repeat=rng.choice([1, 4, 16]),
     )
+    wishes = random.Random(f"wishes {seed}")  # of its own: what a seed meant before stays
+    models = [_with_wishes(wishes, spec) for spec in models]
     arrivals = _random_arrivals(rng, models, requests or rng.randint(1, 24))
+    arrivals = _with_operators(wishes, models, arrivals)
     return Scenario(
         unit=unit,
         models=models,
@@ -348,6 +366,35 @@ def _random_grammar(rng: random.Random) -> Grammar | None:
     if rng.random() > 0.15:
         return None
     return rng.choice([Grammar(kind="json_object"), Grammar(kind="json_object"), BAD_GRAMMAR])
+
+
+def _with_wishes(rng: random.Random, spec: ModelSpec) -> ModelSpec:
+    return msgspec.structs.replace(
+        spec,
+        preload=rng.random() < 0.2,
+        keep_alive_s=rng.choice([-1, -1, -1, 0, 0.001, 0.05]),
+    )
+
+
+def _with_operators(
+    rng: random.Random, models: list[ModelSpec], arrivals: list[tuple[int, UnitEvent]]
+) -> list[tuple[int, UnitEvent]]:
+    """Somebody loads, unloads and changes models while requests run."""
+    span_ns = max(at for at, _ in arrivals) + 100_000_000
+    events: list[tuple[int, UnitEvent]] = []
+    for _ in range(rng.choice([0, 0, 1, 4])):
+        spec = rng.choice(models)
+        choices: list[UnitEvent] = [
+            Warm(model=spec.name),
+            Unload(model=spec.name),
+            Assign(model=_with_wishes(rng, spec)),
+        ]
+        events.append((rng.randrange(span_ns), rng.choice(choices)))
+    if rng.random() < 0.1:
+        failed = BindFailed(model=rng.choice(models).name, reason="no room for its tables")
+        events.append((0, failed))
+    # After the assignments of its instant, as a worker has it.
+    return sorted([*arrivals, *events], key=lambda item: item[0])
 
 
 def _random_arrivals(

@@ -16,6 +16,10 @@ class ResidentView(msgspec.Struct, frozen=True, kw_only=True):
     has_work: bool
     last_used_ns: int
     granules: int
+    keep_alive_s: float = -1
+    """Its owner's wish, as `ModelSpec.keep_alive_s`."""
+    idle_since_ns: int | None = None
+    """When its last request ended; None while it has work or if it had none since it came."""
 
 
 class Residency(Protocol):
@@ -26,4 +30,9 @@ class Residency(Protocol):
 
     def victims(self, residents: Sequence[ResidentView], now_ns: int) -> list[ModelName]:
         """Those that may be evicted, first to go first. Pinned ones are never among them."""
+        ...
+
+    def leaves_at_ns(self, view: ResidentView) -> int | None:
+        """When this model leaves though nobody wants its room, if nothing happens before; None:
+        never."""
         ...

@@ -12,3 +12,6 @@ class Dedicated:
 
     def victims(self, residents: Sequence[ResidentView], now_ns: int) -> list[ModelName]:
         return []
+
+    def leaves_at_ns(self, view: ResidentView) -> int | None:
+        return None
