@@ -269,6 +269,9 @@ class FakeExecutor:
         else:
             assert page == content, f"the page of request {copy.request} holds another's KV"
 
+    def progress(self) -> int:
+        return 0
+
     def poll(self) -> Sequence[UnitEvent]:
         if self._ends:
             os.eventfd_read(self._fd)

@@ -43,6 +43,11 @@ class Executor(Protocol):
         """Take the action; it starts when everything in `after` has taken effect."""
         ...
 
+    def progress(self) -> int:
+        """Rises while something long goes on: parts of loads that are there, host memory made
+        ready. What it counts is the executor's own business."""
+        ...
+
     def poll(self) -> Sequence[UnitEvent]:
         """Ends since the last call, in the order they happened; empty at once if none."""
         ...

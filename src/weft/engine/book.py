@@ -55,6 +55,11 @@ class LoadProgress:
         """Extents that are there."""
         return len(self._marks)
 
+    def passed(self) -> int:
+        """Extents that are there, those whose mark the device has yet to pass left out."""
+        with self._condition:
+            return sum(mark is None or bool(mark.query()) for mark in self._marks)
+
     def wait(self, extent: int) -> Any:
         """Block until this extent is there and return its mark. Raises DependencyFailed."""
         with self._condition:
@@ -77,6 +82,7 @@ class ActionBook:
         self._lanes = [LaneOrder() for _ in range(lanes)]
         self._actions: dict[ActionId, UnitAction] = {}
         self._loads: dict[ActionId, LoadProgress] = {}
+        self._parts_of_ended_loads = 0
         self._issued: set[ActionId] = set()
         self._interrupted: set[ActionId] = set()
         self._events: deque[UnitEvent] = deque()
@@ -144,6 +150,12 @@ class ActionBook:
             if self._deps.has_failed(run.follow):
                 raise DependencyFailed("the load that this step follows failed")
             return self._loads.get(run.follow)
+
+    def load_parts(self) -> int:
+        """Extents that loads have brought so far, since the beginning."""
+        with self._lock:
+            in_flight = sum(progress.passed() for progress in self._loads.values())
+            return self._parts_of_ended_loads + in_flight
 
     def progress(self, load: ActionId) -> LoadProgress:
         """Of a dispatched Load."""
@@ -235,7 +247,10 @@ class ActionBook:
         del self._actions[action]
         self._interrupted.discard(action)
         progress = self._loads.pop(action, None)
-        if progress is not None and not ok:
+        if progress is None:
+            return
+        self._parts_of_ended_loads += progress.extents
+        if not ok:
             progress.fail()
 
     def _emit(self, event: UnitEvent) -> None:

@@ -115,6 +115,9 @@ class CpuExecutor:
     def submit(self, action: UnitAction) -> None:
         self._book.submit(action)
 
+    def progress(self) -> int:
+        return self._book.load_parts()
+
     def poll(self) -> Sequence[UnitEvent]:
         return self._book.poll()
 

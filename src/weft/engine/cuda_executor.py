@@ -162,6 +162,9 @@ class CudaExecutor:
             for lane in self._lanes:
                 self._steps.launch_ready(lane)
 
+    def progress(self) -> int:
+        return self._book.load_parts() + (self._registry.registered_bytes() >> 20)
+
     def poll(self) -> Sequence[UnitEvent]:
         """Ends what the device has passed and launches what became free."""
         self._device.prepare_thread()

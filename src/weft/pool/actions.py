@@ -36,6 +36,20 @@ class UnassignFrom(_ToUnit, frozen=True, kw_only=True, tag=True):
     model: ModelName
 
 
+class WarmAt(_ToUnit, frozen=True, kw_only=True, tag=True):
+    model: ModelName
+
+
+class UnloadAt(_ToUnit, frozen=True, kw_only=True, tag=True):
+    model: ModelName
+
+
+class ModelGone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Nobody uses the removed model any more, neither a request nor a unit."""
+
+    model: ModelName
+
+
 class StartWorker(_ToUnit, frozen=True, kw_only=True, tag=True):
     """Answered by UnitUp or UnitLost of this incarnation."""
 
@@ -76,6 +90,9 @@ PoolAction = (
     | CancelAt
     | AssignTo
     | UnassignFrom
+    | WarmAt
+    | UnloadAt
+    | ModelGone
     | StartWorker
     | StopWorker
     | Reply

@@ -32,6 +32,30 @@ class ModelAdded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     spec: ModelSpec
 
 
+class ModelChanged(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Other wishes (objectives, weight, pinned, time to live) for a model of the same sizes."""
+
+    spec: ModelSpec
+
+
+class ModelRemoved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """New requests for it are refused, those that were admitted finish; ends in `ModelGone`."""
+
+    model: ModelName
+
+
+class WarmModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """An operator wants the model on a device, now or as soon as it is ready."""
+
+    model: ModelName
+
+
+class UnloadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """An operator wants the model off the devices."""
+
+    model: ModelName
+
+
 class ModelReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The model's weight image is in the host store: units may load it."""
 
@@ -64,6 +88,12 @@ class UnitLost(_FromUnit, frozen=True, kw_only=True, tag=True):
     """The worker process is gone, or could not be started."""
 
     cause: str
+
+
+class Unbound(_FromUnit, frozen=True, kw_only=True, tag=True):
+    """The unit has forgotten the model that was unassigned and reads its image no more."""
+
+    model: ModelName
 
 
 class Emitted(_FromUnit, frozen=True, kw_only=True, tag=True):
@@ -107,11 +137,16 @@ PoolEvent = (
     NewRequest
     | ClientGone
     | ModelAdded
+    | ModelChanged
+    | ModelRemoved
+    | WarmModel
+    | UnloadModel
     | ModelReady
     | ModelFailed
     | UnitAdded
     | UnitUp
     | UnitLost
+    | Unbound
     | Emitted
     | KvParkedAt
     | KvGoneAt

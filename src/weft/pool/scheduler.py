@@ -49,6 +49,7 @@ from weft.pool import events as ev
 from weft.pool.actions import (
     AssignTo,
     CancelAt,
+    ModelGone,
     PoolAction,
     Reject,
     Reply,
@@ -56,7 +57,9 @@ from weft.pool.actions import (
     StopWorker,
     SubmitTo,
     UnassignFrom,
+    UnloadAt,
     WakeAt,
+    WarmAt,
 )
 from weft.pool.journal import Journal, Record
 from weft.pool.units import NS, Limits, Unit
@@ -74,6 +77,10 @@ class PoolScheduler:
         self._models: dict[ModelName, ModelSpec] = {}
         self._ready: dict[ModelName, None] = {}
         self._failed: dict[ModelName, str] = {}
+        self._retiring: dict[ModelName, None] = {}
+        """Removed: what was admitted finishes, nothing more is."""
+        self._wished: dict[ModelName, None] = {}
+        """To be warmed on a unit as soon as one has it."""
         self._held: dict[RequestId, Record] = {}
         self._wake_ns: int | None = None
         self._now_ns = 0
@@ -88,6 +95,8 @@ class PoolScheduler:
         self._stop_silent()
         self._place_held()
         self._expire_held()
+        self._warm_wished()
+        self._retire()
         self._set_wake()
         return self._out
 
@@ -104,6 +113,16 @@ class PoolScheduler:
                 self._client_gone(request_id)
             case ev.ModelAdded(spec=spec):
                 self._models[spec.name] = spec
+            case ev.ModelChanged(spec=spec):
+                self._model_changed(spec)
+            case ev.ModelRemoved(model=model):
+                if model in self._models or model in self._failed:
+                    self._retiring[model] = None
+            case ev.WarmModel(model=model):
+                self._wished[model] = None
+            case ev.UnloadModel(model=model):
+                self._wished.pop(model, None)
+                self._unload(model)
             case ev.ModelReady(model=model):
                 self._model_ready(model)
             case ev.ModelFailed(model=model, reason=reason):
@@ -135,6 +154,8 @@ class PoolScheduler:
                         self._assign(unit, self._models[model])
             case ev.UnitLost(cause=cause):
                 self._unit_lost(unit, cause)
+            case ev.Unbound(model=model):
+                unit.leaving.pop(model, None)
             case ev.Emitted(emit=emit):
                 self._emitted(unit, emit)
             case ev.KvParkedAt(request=request_id, kv=kv):
@@ -164,7 +185,7 @@ class PoolScheduler:
         name = request.model
         if name in self._failed:
             return ReplyError(code=MODEL_FAILED, message=self._failed[name])
-        if name not in self._models:
+        if name not in self._models or name in self._retiring:
             return ReplyError(code=MODEL_NOT_FOUND, message=f"the model {name!r} does not exist")
         if (error := _shape_error(request, self._models[name])) is not None:
             return error
@@ -228,24 +249,68 @@ class PoolScheduler:
     # ------------------------------------------------------------------ models
 
     def _model_ready(self, model: ModelName) -> None:
+        if model not in self._models or model in self._failed:
+            return
         self._ready[model] = None
         for unit in self.units.values():
             if unit.up:
                 self._assign(unit, self._models[model])
 
+    def _units_with(self, model: ModelName) -> list[Unit]:
+        return [unit for unit in self.units.values() if unit.up and model in unit.assigned]
+
+    def _model_changed(self, spec: ModelSpec) -> None:
+        if spec.name not in self._models:
+            return
+        self._models[spec.name] = spec
+        for unit in self._units_with(spec.name):
+            self._assign(unit, spec)
+
+    def _unload(self, model: ModelName) -> None:
+        for unit in self._units_with(model):
+            self._out.append(UnloadAt(unit=unit.id, incarnation=unit.incarnation, model=model))
+
+    def _warm_wished(self) -> None:
+        """One unit a model: the one with the most room, unless it is somewhere already."""
+        for model in list(self._wished):
+            if model in self._failed or model not in self._models:
+                del self._wished[model]
+            elif units := self._units_with(model):
+                del self._wished[model]
+                if not any(unit.resident(model) for unit in units):
+                    unit = max(units, key=lambda u: (u.free_granules, -u.id))
+                    self._out.append(
+                        WarmAt(unit=unit.id, incarnation=unit.incarnation, model=model)
+                    )
+
+    def _retire(self) -> None:
+        """Removed models leave the units after their last request, and are gone when no unit that
+        had them reads their image any more."""
+        for model in list(self._retiring):
+            if any(model in (r.request.model, r.request.adapter) for r in self.journal):
+                continue
+            for unit in self._units_with(model):
+                self._unassign(unit, model)
+            if not any(model in (*u.assigned, *u.leaving) for u in self.units.values()):
+                for known in (self._retiring, self._models, self._ready, self._failed):
+                    known.pop(model, None)
+                self._out.append(ModelGone(model=model))
+
+    def _unassign(self, unit: Unit, model: ModelName) -> None:
+        del unit.assigned[model]
+        unit.leaving[model] = None
+        self._out.append(UnassignFrom(unit=unit.id, incarnation=unit.incarnation, model=model))
+
     def _assign(self, unit: Unit, spec: ModelSpec) -> None:
         unit.assigned[spec.name] = None
+        unit.leaving.pop(spec.name, None)
         self._out.append(AssignTo(unit=unit.id, incarnation=unit.incarnation, model=spec))
 
     def _model_failed(self, model: ModelName, reason: str) -> None:
         self._ready.pop(model, None)
         self._failed[model] = reason
-        for unit in self.units.values():
-            if unit.up and model in unit.assigned:
-                del unit.assigned[model]
-                self._out.append(
-                    UnassignFrom(unit=unit.id, incarnation=unit.incarnation, model=model)
-                )
+        for unit in self._units_with(model):
+            self._unassign(unit, model)
 
     def _fail(self, record: Record, code: str, message: str) -> None:
         self._finish(record, finish="error", error=ReplyError(code=code, message=message))
@@ -347,7 +412,7 @@ class PoolScheduler:
                 requests=len(unit.requests),
                 tokens=unit.tokens,
                 resident=unit.resident(model),
-                free_granules=unit.status.free_granules if unit.status else 0,
+                free_granules=unit.free_granules,
             )
             for unit in takers
         ]

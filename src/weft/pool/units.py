@@ -51,6 +51,8 @@ class Unit:
     requests: dict[RequestId, None] = field(default_factory=dict)
     tokens: int = 0
     assigned: dict[ModelName, None] = field(default_factory=dict)
+    leaving: dict[ModelName, None] = field(default_factory=dict)
+    """Unassigned, but the unit may still read their images."""
     stepping: frozenset[RequestId] | None = None
     """As last told; None: this incarnation has not begun a step."""
     status: UnitStatus | None = None
@@ -74,6 +76,10 @@ class Unit:
         del self.requests[request]
         self.tokens -= tokens
 
+    @property
+    def free_granules(self) -> int:
+        return self.status.free_granules if self.status is not None else 0
+
     def resident(self, model: ModelName) -> bool:
         if self.status is None:
             return False
@@ -94,6 +100,7 @@ class Unit:
         """Its worker is gone: count, and say when the next one starts."""
         self.phase = "absent"
         self.assigned.clear()
+        self.leaving.clear()
         self.failures = 0 if self.progress else self.failures + 1
         if self.failures >= limits.max_failures:
             self.down = True

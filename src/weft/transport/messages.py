@@ -7,7 +7,7 @@ import msgspec
 
 from weft.core.actions import UnitNotice
 from weft.core.events import UnitEvent
-from weft.core.ids import RequestId
+from weft.core.ids import ModelName, RequestId
 from weft.core.model import Architecture, ModelSpec
 from weft.core.unit import UnitSpec
 from weft.engine.base import ImageRef
@@ -76,6 +76,15 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     device: str
     """Such as "cpu (8 threads)" or "NVIDIA H200"."""
     spec: UnitSpec
+    pins_host: bool = True
+    """The host store is registered with a device: what was registered must not be punched."""
+
+
+class Unbound(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Worker to hub: nothing here reads the weight images of these unassigned models any more."""
+
+    incarnation: int
+    models: tuple[ModelName, ...]
 
 
 class UnitNotices(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -102,4 +111,4 @@ class WorkerFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The configuration cannot work on this machine; a new worker would say the same."""
 
 
-WorkerMessage = Hello | UnitNotices | StepRequests | WorkerFailed
+WorkerMessage = Hello | UnitNotices | Unbound | StepRequests | WorkerFailed

@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import msgspec
+
 from weft.core.actions import CopyKv, Run, Status, UnitAction, UnitNotice, WakeAt
 from weft.core.events import (
     Assign,
+    BindFailed,
     CopyDone,
     Done,
     Failed,
@@ -27,7 +30,14 @@ from weft.core.events import (
 from weft.core.ids import ActionId, ModelName, RequestId
 from weft.engine.base import Executor
 from weft.transport.channel import WorkerChannel
-from weft.transport.messages import Configure, Shutdown, StepRequests, UnitEvents, UnitNotices
+from weft.transport.messages import (
+    Configure,
+    Shutdown,
+    StepRequests,
+    Unbound,
+    UnitEvents,
+    UnitNotices,
+)
 from weft.worker.trace import Recorder
 
 log = logging.getLogger("weft.worker")
@@ -168,8 +178,9 @@ class Worker:
             for message in self._channel.receive(None if more else 0.0):
                 match message:
                     case UnitEvents() if message.incarnation == self._incarnation:
-                        self._bind(message)
+                        failed = self._bind(message)
                         events += message.events
+                        events += failed
                         more = message.more
                     case Shutdown():
                         self._stopping = True
@@ -179,18 +190,23 @@ class Worker:
             if not more:
                 return events
 
-    def _bind(self, message: UnitEvents) -> None:
+    def _bind(self, message: UnitEvents) -> list[BindFailed]:
+        failed: list[BindFailed] = []
         for bind in message.bind:
             if bind.model.name in self._bound:
                 continue
             try:
                 self._executor.bind(bind.model, bind.arch, bind.image)
-            except Exception:
-                # No room for its tables, say: a fault of one model. Its loads fail, the scheduler
-                # refuses its requests, and the others are served.
+            except Exception as error:
+                # No room for its tables, say: a fault of one model. The scheduler refuses its
+                # requests, and the others are served.
                 log.exception("model=%s cannot be bound", bind.model.name)
+                lines = str(error).splitlines()
+                reason = lines[0] if lines else type(error).__name__
+                failed.append(BindFailed(model=bind.model.name, reason=reason[:500]))
             else:
                 self._bound.add(bind.model.name)
+        return failed
 
     def _unbind(self, events: Sequence[UnitEvent]) -> None:
         """Give back the address ranges of unassigned models, once the scheduler has forgotten
@@ -199,15 +215,20 @@ class Worker:
             match event:
                 case Assign(model=model):
                     self._leaving.discard(model.name)
-                case Unassign(model=name) if name in self._bound:
+                case Unassign(model=name):
                     self._leaving.add(name)
         if not self._leaving:
             return
         known = self._scheduler.mapped()
-        for name in [name for name in self._leaving if f"{name}/kv" not in known]:
+        gone = sorted(name for name in self._leaving if f"{name}/kv" not in known)
+        if not gone:
+            return
+        for name in gone:
             self._leaving.remove(name)
-            self._bound.remove(name)
-            self._executor.unbind(name)
+            if name in self._bound:
+                self._bound.remove(name)
+                self._executor.unbind(name)
+        self._channel.send(Unbound(incarnation=self._incarnation, models=tuple(gone)))
 
     def _ended(self, event: UnitEvent) -> None:
         if self._recorder:
@@ -221,12 +242,19 @@ class Worker:
     def _tell(self, notices: list[UnitNotice]) -> None:
         if not notices:
             return
+        notices = [self._with_progress(notice) for notice in notices]
         self._channel.send(UnitNotices(incarnation=self._incarnation, notices=tuple(notices)))
         for notice in notices:
             if isinstance(notice, Status):
                 self._reported_ns = self._clock()
                 self._unreported = False
                 self._waiting = notice.status.waiting
+
+    def _with_progress(self, notice: UnitNotice) -> UnitNotice:
+        if not isinstance(notice, Status):
+            return notice
+        progress = self._executor.progress()
+        return Status(status=msgspec.structs.replace(notice.status, progress=progress))
 
     def _tell_steps(self, actions: list[UnitAction]) -> None:
         """Name the suspects before the step that could kill us. A batch that goes on is not

@@ -39,6 +39,7 @@ class BuiltUnit(NamedTuple):
     scheduler: Scheduler
     executor: Executor
     forget_parked: Callable[[], None] | None = None
+    """None where the host store is registered with the device."""
 
 
 Build = Callable[[WorkerConfig, HostStore], BuiltUnit]
@@ -128,7 +129,14 @@ def _serve(config: WorkerConfig, channel: WorkerChannel, host_fd: int, build: Bu
             recorder = Recorder(
                 Path(config.trace_dir), config.unit, config.incarnation, built.device
             )
-        channel.send(Hello(incarnation=config.incarnation, device=built.device, spec=built.spec))
+        channel.send(
+            Hello(
+                incarnation=config.incarnation,
+                device=built.device,
+                spec=built.spec,
+                pins_host=built.forget_parked is None,
+            )
+        )
         worker = Worker(
             config.incarnation,
             channel,

@@ -27,6 +27,7 @@ from weft.pool import events as ev
 from weft.pool.actions import (
     AssignTo,
     CancelAt,
+    ModelGone,
     PoolAction,
     Reject,
     Reply,
@@ -34,7 +35,9 @@ from weft.pool.actions import (
     StopWorker,
     SubmitTo,
     UnassignFrom,
+    UnloadAt,
     WakeAt,
+    WarmAt,
 )
 from weft.pool.scheduler import PoolScheduler
 from weft.pool.units import NS, Limits
@@ -55,6 +58,8 @@ class FakeUnit:
     alive: bool = False
     up: bool = False
     assigned: set[str] = field(default_factory=set)
+    leaving: set[str] = field(default_factory=set)
+    """Unassigned, not forgotten."""
     done: dict[int, int] = field(default_factory=dict)
     """Requests here: how many tokens they have."""
     host: dict[int, ParkedKv] = field(default_factory=dict)
@@ -83,6 +88,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.clients: dict[int, Client] = {}
         self.rejected: set[int] = set()
         self.failed: set[str] = set()
+        self.removed: set[str] = set()
+        self.gone: set[str] = set()
+        """Gone for good: a model that is added again has another name in here."""
         self.last_id = 0
         self.parks = 0
         self.tell(
@@ -118,13 +126,22 @@ class PoolMachine(RuleBasedStateMachine):
                 unit.incarnation, unit.alive = action.incarnation, True
             case StopWorker():
                 assert action.incarnation == self.units[action.unit].incarnation
-            case SubmitTo() | CancelAt() | AssignTo() | UnassignFrom():
+            case ModelGone(model=model):
+                assert model in self.removed, "nobody removed it"
+                assert all(c.end or c.left or c.model != model for c in self.clients.values())
+                for unit in self.units.values():
+                    assert model not in unit.assigned | unit.leaving, "its image is still read"
+                self.removed.discard(model)
+                self.gone.add(model)
+            case SubmitTo() | CancelAt() | AssignTo() | UnassignFrom() | WarmAt() | UnloadAt():
                 unit = self.units[action.unit]
                 assert unit.up and action.incarnation == unit.incarnation
                 self.to_unit(unit, action)
 
     def to_unit(
-        self, unit: FakeUnit, action: SubmitTo | CancelAt | AssignTo | UnassignFrom
+        self,
+        unit: FakeUnit,
+        action: SubmitTo | CancelAt | AssignTo | UnassignFrom | WarmAt | UnloadAt,
     ) -> None:
         match action:
             case SubmitTo(request=req, emitted=emitted, resume=resume):
@@ -138,8 +155,13 @@ class PoolMachine(RuleBasedStateMachine):
                 assert request_id in unit.done
             case AssignTo(model=model):
                 unit.assigned.add(model.name)
+                unit.leaving.discard(model.name)
+                assert model.name not in self.gone
             case UnassignFrom(model=name):
-                unit.assigned.discard(name)
+                unit.assigned.remove(name)
+                unit.leaving.add(name)
+            case WarmAt(model=name) | UnloadAt(model=name):
+                assert name in unit.assigned
 
     def reply(self, reply: Reply) -> None:
         client = self.clients[reply.request]
@@ -178,7 +200,8 @@ class PoolMachine(RuleBasedStateMachine):
         deadline_ns = self.now_ns + 30 * NS
         new = request(self.last_id, model, max_tokens=max_tokens, hold_deadline_ns=deadline_ns)
         self.tell(ev.NewRequest(request=new))
-        refuse = full or model in self.failed or model == "x"
+        away = self.removed | self.gone | self.failed
+        refuse = full or model in away or model == "x"
         if refuse:
             assert self.last_id in self.rejected
 
@@ -194,8 +217,37 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(model=st.sampled_from(MODELS))
     def an_image_is_ready(self, model: str) -> None:
-        if model not in self.failed:
+        if model not in self.failed:  # it may be gone by then
             self.tell(ev.ModelReady(model=ModelName(model)))
+
+    @rule(model=st.sampled_from(MODELS))
+    @precondition(lambda self: self.last_id > 8)
+    def a_model_is_removed(self, model: str) -> None:
+        if model not in self.gone:
+            self.removed.add(model)
+            self.tell(ev.ModelRemoved(model=ModelName(model)))
+
+    @rule(data=st.data())
+    @precondition(lambda self: any(unit.leaving for unit in self.units.values()))
+    def a_unit_forgets(self, data: st.DataObject) -> None:
+        unit_id = data.draw(st.sampled_from([u for u, unit in self.units.items() if unit.leaving]))
+        unit = self.units[unit_id]
+        name = ModelName(data.draw(st.sampled_from(sorted(unit.leaving))))
+        if any(self.clients[r].model == name for r in unit.done):
+            return  # it has not finished what it has
+        unit.leaving.discard(name)
+        self.tell(ev.Unbound(unit=unit_id, incarnation=unit.incarnation, model=name))
+
+    @rule(model=st.sampled_from(MODELS), what=st.sampled_from(["warm", "unload", "change"]))
+    def an_operator_wishes(self, model: str, what: str) -> None:
+        name = ModelName(model)
+        match what:
+            case "warm":
+                self.tell(ev.WarmModel(model=name))
+            case "unload":
+                self.tell(ev.UnloadModel(model=name))
+            case _:
+                self.tell(ev.ModelChanged(spec=spec(model)))
 
     @rule(model=st.just("b"))
     @precondition(lambda self: self.last_id > 12)
@@ -215,7 +267,8 @@ class PoolMachine(RuleBasedStateMachine):
         unit = self.units[unit_id]
         if unit.alive:
             unit.alive = unit.up = False
-            unit.done, unit.assigned, unit.stepping = {}, set(), ()
+            unit.done, unit.stepping = {}, ()
+            unit.assigned, unit.leaving = set(), set()
             lost = ev.UnitLost(unit=unit_id, incarnation=unit.incarnation, cause="killed")
             self.tell(lost)
             if back:
@@ -312,6 +365,7 @@ class PoolMachine(RuleBasedStateMachine):
             ev.Stepping(**who, requests=(request_id,)),
             ev.UnitReport(**who, status=status(actions_done=5)),
             ev.UnitUp(**who),
+            ev.Unbound(**who, model=ModelName("a")),
             ev.UnitLost(**who, cause="again"),
         )
 
@@ -371,6 +425,15 @@ class PoolMachine(RuleBasedStateMachine):
                     emit = Emit(request=RequestId(request_id), tokens=tokens, finish="length")
                     self.tell(ev.Emitted(unit=unit_id, incarnation=unit.incarnation, emit=emit))
             self.time_passes()
+        for unit_id, unit in self.units.items():
+            if self.brain.units[unit_id].phase == "stopping":
+                self.a_worker_dies(unit_id)
+            for name in sorted(unit.leaving):
+                unit.leaving.discard(name)
+                self.tell(
+                    ev.Unbound(unit=unit_id, incarnation=unit.incarnation, model=ModelName(name))
+                )
+        assert not self.removed, "removed and never gone"
         for client in self.clients.values():
             assert client.end is not None, "a request that never ended"
             if client.end == "length":

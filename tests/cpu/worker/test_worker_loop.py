@@ -95,6 +95,7 @@ class World:
         self.on_handle: Callable[[], None] | None = None
         self.known: dict[str, tuple[int, ...]] = {"m/kv": (1,)}
         self.unbindable = False
+        self.progressed = 0
         self.is_idle = False
         self.worker = Worker(
             1,
@@ -137,6 +138,9 @@ class World:
     def submit(self, action: UnitAction) -> None:
         self.hear()
         self.story.append(action)
+
+    def progress(self) -> int:
+        return self.progressed
 
     def poll(self) -> Sequence[UnitEvent]:
         ends, self.ends = self.ends, []
