@@ -15,10 +15,11 @@ from typing import Protocol
 
 import msgspec
 
-from weft.core.actions import Emit, KvGone, KvParked, Status
+from weft.core.actions import Emit, KvGone, KvParked, Status, WeightsMoved
 from weft.core.errors import ReplyError
-from weft.core.events import Assign, Cancel, Submit, Unassign, UnitEvent
+from weft.core.events import Assign, Cancel, Submit, Unassign, UnitEvent, Unload, Warm
 from weft.core.ids import ModelName, RequestId
+from weft.core.model import ModelSpec
 from weft.core.request import Request, TokenLogprobs
 from weft.core.unit import UnitStatus
 from weft.hub.base import (
@@ -30,6 +31,7 @@ from weft.hub.base import (
     PoolView,
     UnitView,
 )
+from weft.hub.models import Models
 from weft.pool import actions as act
 from weft.pool import events as ev
 from weft.pool.scheduler import PoolScheduler
@@ -38,6 +40,7 @@ from weft.transport.messages import (
     Hello,
     HubMessage,
     StepRequests,
+    Unbound,
     UnitEvents,
     UnitNotices,
     WorkerMessage,
@@ -144,9 +147,7 @@ class PoolHub:
         self._launcher = launcher
         self._hold_ns = round(hold_s * 1e9)
         self._clock = clock
-        self._cards: dict[str, ModelCard] = {}
-        self._ready: set[str] = set()
-        self._binds: dict[ModelName, BindModel] = {}
+        self._models = Models()
         self._devices: dict[int, str] = {}
         self._streams: dict[RequestId, _Stream] = {}
         self._rejected: dict[RequestId, ReplyError] = {}
@@ -154,11 +155,15 @@ class PoolHub:
         self._timer: asyncio.TimerHandle | None = None
         self._progress_ns = clock()
         self._drained = asyncio.Event()
+        self.on_gone: Callable[[ModelName], None] = lambda _: None
+        """Told when nobody uses a removed model any more; may not call back."""
+        self.host_pinned = True
+        """Some worker may have registered the host store: nothing in it may be punched."""
 
     # ------------------------------------------------------------------ for frontends
 
     def models(self) -> tuple[ModelCard, ...]:
-        return tuple(self._cards.values())
+        return tuple(self._models.cards.values())
 
     def open(self, new: NewRequest) -> tuple[RequestId, AsyncIterator[Chunk]]:
         """See `weft.hub.base.Hub.open`."""
@@ -166,7 +171,7 @@ class PoolHub:
         now_ns = self._clock()
         request = Request(
             id=RequestId(self._last_id),
-            model=ModelName(new.model),
+            model=self._models.below(new.model),
             prompt=new.prompt,
             max_tokens=new.max_tokens,
             min_tokens=new.min_tokens,
@@ -211,16 +216,15 @@ class PoolHub:
                 device=self._devices.get(unit.id, ""),
                 up=unit.up,
                 restarts=max(0, unit.incarnation - 1),
-                status=unit.status,
+                status=self._models.show(unit.status) if unit.status is not None else None,
             )
 
     def health(self) -> Health:
         waiting = len(self._scheduler.journal)
         since_s = (self._clock() - self._progress_ns) / 1e9 if waiting else 0.0
-        servable = {card.name for card in self._cards.values() if card.failed is None}
         return Health(
             healthy=since_s < HEALTH_WINDOW_S,
-            ready=servable <= self._ready
+            ready=self._models.all_ready()
             and any(unit.up for unit in self._scheduler.units.values()),
             waiting=waiting,
             since_progress_s=since_s,
@@ -229,24 +233,63 @@ class PoolHub:
     # ------------------------------------------------------------------ for the node
 
     def add_model(self, card: ModelCard, bind: BindModel) -> None:
-        """Serve this model; its requests wait until `model_ready`."""
-        self._cards[card.name] = card
-        self._binds[bind.model.name] = bind
-        self._handle([ev.ModelAdded(spec=bind.model)])
+        """Serve this model, in the place of one of the same name if there is any: that one's
+        requests finish. Those of the new one wait until `model_ready`."""
+        below = bind.model.name
+        self._models.binds[below] = bind
+        before = self._models.put(card, below)
+        events: list[ev.PoolEvent] = [ev.ModelAdded(spec=bind.model)]
+        if before is not None:
+            events.append(ev.ModelRemoved(model=before))
+        self._handle(events)
 
     def add_failed_model(self, card: ModelCard) -> None:
         """A model of the configuration that cannot be served; `card.failed` says why."""
-        self._cards[card.name] = card
-        self._handle([ev.ModelFailed(model=ModelName(card.name), reason=card.failed or "failed")])
+        below = ModelName(card.name)
+        self._models.put(card, below)
+        self._handle([ev.ModelFailed(model=below, reason=card.failed or "failed")])
 
-    def model_ready(self, name: str) -> None:
-        """Its weight image is in the host store."""
-        self._ready.add(name)
-        self._handle([ev.ModelReady(model=ModelName(name))])
+    def change_model(self, card: ModelCard, spec: ModelSpec) -> None:
+        """Other aliases, defaults and wishes for a model that is served; the weights stay."""
+        self._models.put(card, spec.name)
+        bind = self._models.binds[spec.name]
+        if bind.model != spec:
+            self._models.binds[spec.name] = msgspec.structs.replace(bind, model=spec)
+            self._handle([ev.ModelChanged(spec=spec)])
 
-    def model_failed(self, name: str, reason: str) -> None:
-        self._cards[name] = msgspec.structs.replace(self._cards[name], failed=reason)
-        self._handle([ev.ModelFailed(model=ModelName(name), reason=reason)])
+    def remove_model(self, name: str) -> None:
+        """Refuse new requests for it; `on_gone` follows when the others have finished."""
+        self._handle([ev.ModelRemoved(model=self._models.remove(name))])
+
+    def model_ready(self, below: str) -> None:
+        """Its weight image is in the host store. `below`: as in the BindModel of `add_model`."""
+        self._models.ready.add(ModelName(below))
+        self._handle([ev.ModelReady(model=ModelName(below))])
+
+    def model_failed(self, below: str, reason: str) -> None:
+        name = self._models.above(ModelName(below))
+        if name is not None:
+            card = msgspec.structs.replace(self._models.cards[name], failed=reason)
+            self._models.put(card, ModelName(below))
+        self._handle([ev.ModelFailed(model=ModelName(below), reason=reason)])
+
+    def find(self, asked: str) -> ModelCard | None:
+        """A served model by name or alias."""
+        name = self._models.find(asked)
+        return self._models.cards[name] if name is not None else None
+
+    def spec(self, name: str) -> ModelSpec | None:
+        """How a served model is scheduled now; None for one that cannot be served."""
+        bind = self._models.binds.get(self._models.below(name))
+        return bind.model if bind is not None else None
+
+    def warm(self, name: str) -> None:
+        """Bring its weights onto a device, now or as soon as it is ready."""
+        self._handle([ev.WarmModel(model=self._models.below(name))])
+
+    def unload(self, name: str) -> None:
+        """Take its weights off the devices when it has no work."""
+        self._handle([ev.UnloadModel(model=self._models.below(name))])
 
     def add_unit(self, unit: int) -> None:
         self._handle([ev.UnitAdded(unit=unit)])
@@ -261,7 +304,8 @@ class PoolHub:
         for message in messages:
             incarnation = message.incarnation
             match message:
-                case Hello(device=device):
+                case Hello(device=device, pins_host=pins_host):
+                    self.host_pinned = pins_host
                     self._progress_ns = self._clock()  # what waited for it now begins
                     self._devices[unit] = device
                     events.append(ev.UnitUp(unit=unit, incarnation=incarnation))
@@ -269,6 +313,11 @@ class PoolHub:
                     events.append(
                         ev.Stepping(unit=unit, incarnation=incarnation, requests=requests)
                     )
+                case Unbound(models=models):
+                    events += [
+                        ev.Unbound(unit=unit, incarnation=incarnation, model=name)
+                        for name in models
+                    ]
                 case UnitNotices():
                     events += self._from_notices(unit, message)
         if events:
@@ -311,21 +360,32 @@ class PoolHub:
                     yield ev.KvParkedAt(**who, request=request, kv=kv)
                 case KvGone(request=request):
                     yield ev.KvGoneAt(**who, request=request)
+                case WeightsMoved():
+                    self._log_move(unit, notice)
                 case Status(status=status):
                     self._note_status(unit, status)
                     yield ev.UnitReport(**who, status=status)
 
     def _note_status(self, unit: int, status: UnitStatus) -> None:
         before = self._scheduler.units[unit].status
-        if before is None or (before.actions_done, before.bytes_copied) != (
-            status.actions_done,
-            status.bytes_copied,
-        ):
+        if before is None or _progress(before) != _progress(status):
             self._progress_ns = self._clock()
-        told = {m.name for m in before.models if m.reason} if before is not None else set()
-        for model in status.models:
-            if model.reason and model.name not in told:
-                log.warning("unit%d: %s cannot be served: %s", unit, model.name, model.reason)
+
+    def _log_move(self, unit: int, move: WeightsMoved) -> None:
+        """The story of the weights, one line a change."""
+        name = self._models.above(move.model) or move.model
+        if move.state == "failed":
+            log.warning("model=%s state=failed unit=%d reason=%s", name, unit, move.cause)
+            return
+        log.info(
+            "model=%s state=%s unit=%d cause=%s bytes=%d seconds=%.3f",
+            name,
+            move.state,
+            unit,
+            move.cause,
+            move.num_bytes,
+            move.duration_ns / 1e9,
+        )
 
     def _handle(self, events: list[ev.PoolEvent]) -> None:
         instants: dict[tuple[int, int], _Instant] = {}
@@ -335,6 +395,9 @@ class PoolHub:
                     self._reply(action)
                 case act.Reject(request=request, error=error):
                     self._rejected[request] = error
+                case act.ModelGone(model=model):
+                    self._models.forget(model)
+                    self.on_gone(model)
                 case act.WakeAt(at_ns=at_ns):
                     self._set_timer(at_ns)
                 case act.StartWorker(unit=unit, incarnation=incarnation):
@@ -353,14 +416,23 @@ class PoolHub:
     def _add(
         self,
         instant: _Instant,
-        action: act.SubmitTo | act.CancelAt | act.AssignTo | act.UnassignFrom,
+        action: act.SubmitTo
+        | act.CancelAt
+        | act.AssignTo
+        | act.UnassignFrom
+        | act.WarmAt
+        | act.UnloadAt,
     ) -> None:
         match action:
             case act.AssignTo(model=model):
-                instant.bind.append(self._binds[model.name])
+                instant.bind.append(self._models.binds[model.name])
                 instant.events.append(Assign(model=model))
             case act.UnassignFrom(model=name):
                 instant.events.append(Unassign(model=name))
+            case act.WarmAt(model=name):
+                instant.events.append(Warm(model=name))
+            case act.UnloadAt(model=name):
+                instant.events.append(Unload(model=name))
             case act.SubmitTo(request=request, emitted=emitted, resume=resume):
                 instant.events.append(Submit(request=request, emitted=emitted, resume=resume))
             case act.CancelAt(request=request_id):
@@ -390,6 +462,10 @@ class PoolHub:
         delay_s = max(0.0, (at_ns - self._clock()) / 1e9)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(delay_s, lambda: self._handle([ev.Woke()]))
+
+
+def _progress(status: UnitStatus) -> tuple[int, int, int]:
+    return status.actions_done, status.bytes_copied, status.progress
 
 
 def _messages(incarnation: int, instant: _Instant) -> Iterator[UnitEvents]:

@@ -584,6 +584,10 @@ class Mover:
         if state.phase != "finished":
             state.phase = "running"
             state.park_fails += 1
+            adapter = adapters.adapter_of(self._book, state)
+            if adapter and not adapter.leaving and not adapters.is_there(self._book, state):
+                # Its adapter left meanwhile: without it nothing may hold device memory.
+                self._book.requeue(state)
 
     def _resume_failed(self, action: CopyKv) -> None:
         state = self._book.requests[action.request]

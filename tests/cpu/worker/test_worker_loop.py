@@ -27,6 +27,7 @@ from weft.core.actions import (
 )
 from weft.core.events import (
     Assign,
+    BindFailed,
     CopyDone,
     Done,
     Failed,
@@ -47,6 +48,7 @@ from weft.transport.messages import (
     HubMessage,
     Shutdown,
     StepRequests,
+    Unbound,
     UnitEvents,
     UnitNotices,
     WorkerMessage,
@@ -286,7 +288,9 @@ def test_a_model_that_cannot_be_bound_does_not_end_the_worker(world: World) -> N
     """A worker that died of it would die again at every restart, and all models with it."""
     world.unbindable = True
     world.send(BIND)
-    assert [type(e) for e in world.turn()] == [Assign]
+    failed = BindFailed(model=ModelName("m"), reason="no memory for its tables")
+    instant = world.turn()
+    assert isinstance(instant[0], Assign) and instant[1:] == [failed], "told in the same instant"
     world.unbindable = False
     world.send(BIND)
     world.turn()
@@ -305,7 +309,27 @@ def test_a_model_is_unbound_when_the_scheduler_has_forgotten_it(world: World) ->
     world.turn()
     world.send(BIND)
     world.turn()
-    assert world.story == ["bind m", "unbind m", "bind m"]
+    told = Unbound(incarnation=1, models=(ModelName("m"),))
+    assert world.story == ["bind m", "unbind m", told, "bind m"], (
+        "then its image may be overwritten"
+    )
+
+
+def test_what_never_could_be_bound_is_told_as_unbound_too(world: World) -> None:
+    world.unbindable = True
+    world.known = {}
+    world.send(BIND)
+    world.turn()
+    world.send(UNASSIGN)
+    world.turn()
+    assert world.story == [Unbound(incarnation=1, models=(ModelName("m"),))]
+
+
+def test_a_status_says_how_far_long_actions_are(world: World) -> None:
+    world.progressed = 7
+    world.send(submit(1))
+    world.turn(Status(status=status(waiting=1)))
+    assert world.story[-1].notices[0].status.progress == 7
 
 
 def test_a_model_that_is_assigned_again_stays_bound(world: World) -> None:
