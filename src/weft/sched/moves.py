@@ -268,33 +268,6 @@ class Mover:
         self.residents.load_ordered(entry, cause)
         self._submit(Load(id=action, after=after, model=name, granules=granules))
 
-    def preload(self) -> None:
-        """Pinned models, and all where the policy says so, come in while there is room."""
-        for entry in self._book.models.values():
-            memory = self._book.memory(entry.spec.name)
-            wanted = entry.spec.pinned or self._preset.residency.preload
-            fits = memory.weight_granules <= self._book.ledger.free_granules
-            if wanted and fits and self.loadable(entry):
-                self.load(entry, "pinned" if entry.spec.pinned else "preload")
-
-    def follow_wishes(self) -> None:
-        """Weights come and go without a request: what was asked for, what was idle for too long.
-        For moments in which nobody with work waits for room."""
-        for name in self.residents.to_leave():
-            self.send_away(name, "all", self.residents.why_leaves(self._book.models[name]))
-        for entry in self.residents.to_come():
-            need = self._book.memory(entry.spec.name).weight_granules
-            keep = self.residents.busy()
-            if not self.loadable(entry):
-                continue
-            if entry.wish == "preload" and need > self._book.ledger.free_granules:
-                continue
-            if self.residents.could_free(keep) + self.coming_granules() < need:
-                continue
-            if not self.make_room(entry.spec.name, need, keep):
-                return  # one after the other: two would take the same room
-            self.load(entry, entry.wish or "asked")
-
     def admit(
         self,
         entry: ModelEntry,

@@ -42,6 +42,7 @@ from weft.sched.moves import Mover
 from weft.sched.prefix import PrefixCache
 from weft.sched.steps import Stepper
 from weft.sched.turns import Turns
+from weft.sched.wishes import Wishes
 
 MAX_ROUNDS = 8
 """Rounds of one decision; each makes progress, so this is a guard that is hardly ever met."""
@@ -56,6 +57,7 @@ class UnitScheduler:
         self._prefixes = PrefixCache(self._book)
         self._mover = Mover(self._book, preset, self._prefixes)
         self._stepper = Stepper(self._book, self._mover, preset, self._prefixes)
+        self._wishes = Wishes(self._book, self._mover, preset)
         self._turns = Turns(self._book, preset)
         self._deadlines: list[tuple[int, RequestId]] = []
         self._woken_for: int | None = None
@@ -399,9 +401,9 @@ class UnitScheduler:
             mover.bring_in(upcoming, keep)
             mover.admit(upcoming, first=keep, further=None)
         if not wanting and not (upcoming is not None and self._wants_room(upcoming)):
-            mover.follow_wishes()
+            self._wishes.follow()
         mover.continue_leaving()
-        mover.preload()
+        self._wishes.preload()
 
     def _wants_room(self, entry: ModelEntry) -> bool:
         """The model with the turn waits for memory: what comes free is its."""

@@ -1,0 +1,43 @@
+"""Weights that come and go without a request: pinned, preloaded, asked for, idle for too long."""
+
+from weft.policy.presets import Preset
+from weft.sched.book import Book
+from weft.sched.moves import Mover
+
+
+class Wishes:
+    """Asks the mover for what `Residents` says is wished."""
+
+    def __init__(self, book: Book, mover: Mover, preset: Preset) -> None:
+        self._book = book
+        self._mover = mover
+        self._preset = preset
+
+    def preload(self) -> None:
+        """Pinned models, and all where the policy says so, come in while there is room."""
+        for entry in self._book.models.values():
+            memory = self._book.memory(entry.spec.name)
+            wanted = entry.spec.pinned or self._preset.residency.preload
+            fits = memory.weight_granules <= self._book.ledger.free_granules
+            if wanted and fits and self._mover.loadable(entry):
+                self._mover.load(entry, "pinned" if entry.spec.pinned else "preload")
+
+    def follow(self) -> None:
+        """Weights come and go without a request: what was asked for, what was idle for too long.
+        For moments in which nobody with work waits for room."""
+        for name in self._mover.residents.to_leave():
+            self._mover.send_away(
+                name, "all", self._mover.residents.why_leaves(self._book.models[name])
+            )
+        for entry in self._mover.residents.to_come():
+            need = self._book.memory(entry.spec.name).weight_granules
+            keep = self._mover.residents.busy()
+            if not self._mover.loadable(entry):
+                continue
+            if entry.wish == "preload" and need > self._book.ledger.free_granules:
+                continue
+            if self._mover.residents.could_free(keep) + self._mover.coming_granules() < need:
+                continue
+            if not self._mover.make_room(entry.spec.name, need, keep):
+                return  # one after the other: two would take the same room
+            self._mover.load(entry, entry.wish or "asked")
