@@ -60,6 +60,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """Other names for it in requests."""
     pooling: Pooling = "last"
     """How its embeddings are made."""
+    tool_parser: str | None = None
+    """How it writes function calls, where its chat template does not tell."""
     failed: str | None = None
     """Why the model cannot be served (a broken checkpoint); its requests get 503 model_failed."""
 

@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
+from weft.core.errors import WeftError
 from weft.core.request import Grammar
-from weft.server.errors import ApiError, bad_request
+from weft.grammar.source import check_grammar
+from weft.server.errors import bad_request
 from weft.server.fields import MAX_ENUM, MAX_GRAMMAR_CHARS, Name, Strict
 
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
@@ -164,9 +166,13 @@ def _lark(text: str) -> Grammar:
     return Grammar(kind="lark", text=text)
 
 
-def refuse_grammar(field: str, reason: str) -> ApiError:
-    return bad_request(
-        f"`{field}` cannot be followed: {reason[:300]}; simplify it or leave it out",
-        param=field,
-        code="invalid_grammar",
-    )
+def check(grammar: Grammar, field: str) -> None:
+    """Compiles it once; for threads of the text service. Raises ApiError 400."""
+    try:
+        check_grammar(grammar)
+    except WeftError as error:
+        raise bad_request(
+            f"`{field}` cannot be followed: {str(error)[:400]}; simplify it or leave it out",
+            param=field,
+            code="invalid_grammar",
+        ) from None

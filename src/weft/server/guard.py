@@ -6,6 +6,7 @@ another role's. So every special token's spelling in what the client sent is cut
 rendering. Where the rendered text has no mark (nearly always) it is tokenised whole, exactly as
 transformers does. Otherwise the pieces between the special tokens that the template wrote itself
 are looked at one by one: those with a mark are tokenised with special tokens taken as plain text.
+Special tokens of one character cannot be cut and stay what they are.
 """
 
 import re
@@ -24,7 +25,7 @@ class Guard:
     """Knows one tokenizer's special tokens."""
 
     def __init__(self, specials: Sequence[str]) -> None:
-        longest_first = sorted({text for text in specials if text}, key=len, reverse=True)
+        longest_first = sorted({text for text in specials if len(text) > 1}, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def mark(self, values: Sequence[Any]) -> tuple[list[Any], str | None]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
-from pydantic import Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from weft.server.errors import bad_request
@@ -134,7 +134,23 @@ class NamedTool(Strict):
 
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 ToolWord = Literal["none", "auto", "required"]
-ToolChoice = Annotated[ToolWord, Tag("<text>")] | Annotated[NamedTool, Tag("<function>")]
+
+
+def word_or_object(message: str) -> Discriminator:
+    """Tells `<text>` from `<object>`."""
+
+    def arm(value: Any) -> str | None:
+        if isinstance(value, str):
+            return "<text>"
+        return "<object>" if isinstance(value, (dict, BaseModel)) else None
+
+    return Discriminator(arm, custom_error_type="wrong_form", custom_error_message=message)
+
+
+ToolChoice = Annotated[
+    Annotated[ToolWord, Tag("<text>")] | Annotated[NamedTool, Tag("<object>")],
+    word_or_object("must be none, auto, required or a function of the tools"),
+]
 
 
 class Document(Strict):
@@ -151,8 +167,10 @@ TemplateWord = Annotated[str, Field(max_length=1024)]
 TemplateValue = TemplateWord | bool | int | float | None
 TemplateKey = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 RESERVED = frozenset(
-    "messages tools documents add_generation_prompt chat_template tokenize bos_token eos_token "
-    "pad_token unk_token".split()
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"),
+        *("bos_token", "eos_token", "pad_token", "unk_token"),
+    }
 )
 
 
@@ -161,9 +179,9 @@ class Conversing(Strict):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     tools: Tools | None = None
-    documents: (
-        Annotated[list[Document], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None
-    ) = None
+    documents: Annotated[list[Document], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None = (
+        None
+    )
     chat_template_kwargs: (
         Annotated[
             dict[TemplateKey, TemplateValue], Field(max_length=MAX_TEMPLATE_ARGS, fail_fast=True)
@@ -208,5 +226,3 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     documents: Sequence[Mapping[str, Any]] = ()
     args: Mapping[str, Any] = {}
     add_generation_prompt: bool = True
-
-

@@ -11,11 +11,11 @@ import msgspec
 from weft.core.errors import CONTEXT_LENGTH, MODEL_FAILED, MODEL_NOT_FOUND, ReplyError
 from weft.core.request import Grammar, Sampling
 from weft.hub.base import Hub, ModelCard, NewRequest
-from weft.server import grammar as grammars
+from weft.server.chat import Setting, set_up, ways_of
 from weft.server.detokenize import Decode
 from weft.server.errors import ApiError, bad_request, from_reply
 from weft.server.fields import MAX_CHOICES
-from weft.server.formats import grammar_of
+from weft.server.formats import check, grammar_of
 from weft.server.logprobs import Namer
 from weft.server.schemas import ChatRequest, Common, CompletionRequest, Drawn
 from weft.server.text import TextModel, TextService
@@ -76,23 +76,22 @@ async def plan_chat(asker: Asker, request: ChatRequest) -> Plan:
     """Raises ApiError."""
     card = find_model(asker.hub, request.model)
     text = await asker.texts.model(card)
-    messages = [message.plain() for message in request.messages]
+    talk = request.conversation()
+    ways = ways_of(request.tool_choice, request.parallel_tool_calls, talk.tools)
     wish = grammar_of(request)
 
-    def prepare() -> tuple[int, ...]:
-        if wish is not None:
-            grammars.check(*wish)
-        return text.encode_chat(messages)
+    def prepare() -> Setting:
+        return set_up(text, talk, ways, wish)
 
-    prompt = await asker.texts.run(card.name, prepare)
+    setting = await asker.texts.run(card.name, prepare)
     wanted = request.max_completion_tokens or request.max_tokens
-    maker = _Maker(asker, request, card, wish[0] if wish else None)
-    form = _form(request, card, text)
+    maker = _Maker(asker, request, card, setting.grammar)
+    form = msgspec.structs.replace(_form(request, card, text), reader=setting.reader)
     return _plan(
         request,
         card,
-        maker.all([prompt], wanted),
-        text.decode,
+        maker.all([setting.prompt], wanted),
+        setting.decode,
         partial(ChatWriter, form, stream=bool(request.stream)),
     )
 
@@ -112,7 +111,7 @@ async def plan_completion(asker: Asker, request: CompletionRequest) -> Plan:
 
     def prepare() -> tuple[list[tuple[int, ...]], list[str]]:
         if wish is not None:
-            grammars.check(*wish)
+            check(*wish)
         prompts = [encode_entry(text, card, entry) for entry in entries]
         echoes = [
             entry if isinstance(entry, str) else text.decode(list(prompt))

@@ -3,7 +3,7 @@
 Checks that need the model (context length, vocabulary) are in `plan.py`.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,13 +11,10 @@ from pydantic_core import PydanticCustomError
 from weft.server.fields import (
     MAX_BIASES,
     MAX_CHOICES,
-    MAX_MESSAGES,
     MAX_NAME_CHARS,
     MAX_PRIORITY,
     MAX_STOP_IDS,
     MAX_TOKENS,
-    Content,
-    Name,
     Prompt,
     Stops,
     Strict,
@@ -26,6 +23,7 @@ from weft.server.fields import (
     Whole,
 )
 from weft.server.formats import Shaped
+from weft.server.messages import Conversing, ToolChoice
 
 
 class StreamOptions(Strict):
@@ -106,37 +104,11 @@ class CompletionRequest(Common):
         return self
 
 
-class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
-    name: Name | None = None
-    tool_call_id: Name | None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("missing_content", "content is required for this role")
-        return self
-
-    def plain(self) -> dict[str, Any]:
-        """As templates know it: text parts joined by newlines, `developer` as `system`."""
-        if isinstance(self.content, list):
-            content = "\n".join(part.text for part in self.content)
-        else:
-            content = self.content or ""
-        role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": content}
-        if self.name is not None:
-            message["name"] = self.name
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        return message
-
-
-class ChatRequest(Common):
+class ChatRequest(Common, Conversing):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None

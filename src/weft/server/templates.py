@@ -147,16 +147,23 @@ class ChatTemplate:
         self._limit_s = limit_s
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        documents: Sequence[Mapping[str, Any]] = (),
+        args: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
-        """Raises TemplateFailure."""
+        """`args` are further variables of the template's own. Raises TemplateFailure."""
         self._environment.deadline_s = self._clock() + self._limit_s
         context: dict[str, Any] = {
+            **(args or {}),
             **self._tokens,
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
-            "documents": None,
+            "tools": [dict(tool) for tool in tools] or None,
+            "documents": [dict(document) for document in documents] or None,
         }
         pieces: list[str] = []
         size = 0

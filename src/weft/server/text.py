@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 from weft.core.errors import WeftError
 from weft.hub.base import ModelCard
 from weft.server.errors import ApiError, bad_request
+from weft.server.guard import Guard, NoMark
+from weft.server.messages import Conversation
 from weft.server.names import TokenNames
 from weft.server.templates import (
     FALLBACK_TEMPLATE,
@@ -26,6 +28,7 @@ from weft.server.templates import (
     find_template,
     special_tokens,
 )
+from weft.server.tools.families import find_family, instructed
 
 CHARS_PER_TOKEN = 8
 """A prompt longer than this many characters per token of context is refused unread."""
@@ -63,6 +66,14 @@ class TextModel:
         config = _read_config(folder / "tokenizer_config.json")
         source = find_template(folder, config)
         self.has_template = source is not None
+        self._specials = _special_ids(self._tokenizer)
+        self._guard = Guard(list(self._specials))
+        self._plain_file = folder / "tokenizer.json"
+        self._plain: Tokenizer | None = None
+        self.family = find_family(source, self._specials.get, card.tool_parser)
+        """How the model calls functions."""
+        self.reasons = "<think>" in (source or "") or "</think>" in (source or "")
+        """Its template knows reasoning between <think> and </think>."""
         self._template = ChatTemplate(
             FALLBACK_TEMPLATE if source is None else source,
             tokens=special_tokens(config),
@@ -74,29 +85,88 @@ class TextModel:
     def has_text(self) -> bool:
         return self._tokenizer is not None
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-        """Renders and tokenises; the template writes its special tokens itself, unless the model
-        has none and the plain form is used. Raises ApiError."""
-        size = sum(len(str(message.get("content") or "")) for message in messages)
-        self._check_chars(size, "messages")
+    def encode_chat(
+        self, talk: Conversation, *, add_special_tokens: bool = False
+    ) -> tuple[tuple[int, ...], str]:
+        """Ids, and the end of the rendered text. The template writes its special tokens itself,
+        unless the model has none and the plain form is used. Special tokens spelt in the messages
+        are plain text (see `guard`). Raises ApiError."""
+        if talk.tools and self.family.instructs:
+            talk = instructed(talk)
+        given = (talk.messages, talk.tools, talk.documents, talk.args)
+        self._check_chars(sum(_size(part) for part in given), "messages")
+        try:
+            (messages, tools, documents, args), mark = self._guard.mark(
+                [list(talk.messages), list(talk.tools), list(talk.documents), talk.args]
+            )
+        except NoMark:
+            raise bad_request(
+                "messages use all of U+FDD0 to U+FDEF; leave one of these code points out",
+                param="messages",
+            ) from None
         try:
             with self._lock:
-                text = self._template.render(messages)
+                text = self._template.render(
+                    messages,
+                    tools=tools,
+                    documents=documents,
+                    args=args,
+                    add_generation_prompt=talk.add_generation_prompt,
+                )
         except TemplateFailure as error:
             raise bad_request(str(error), param="messages") from None
-        return self._encode(text, add_special_tokens=not self.has_template, param="messages")
+        adds = add_special_tokens or not self.has_template
+        if mark is None:
+            return self._encode(text, add_special_tokens=adds, param="messages"), text[-64:]
+        tokenizer, plain = self._tokenizers("messages")
+        ids = self._guard.encode(
+            text,
+            mark,
+            lambda piece: tokenizer.encode(piece, add_special_tokens=False).ids,
+            lambda piece: plain.encode(piece, add_special_tokens=False).ids,
+        )
+        if adds:
+            ids = [*tokenizer.encode("", add_special_tokens=True).ids, *ids]
+        return self._checked(tuple(ids), "messages"), text[-64:].replace(mark, "")
 
-    def encode_prompt(self, text: str) -> tuple[int, ...]:
+    def encode_prompt(
+        self, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
+    ) -> tuple[int, ...]:
         """Tokenises a completion's prompt, with the special tokens the tokenizer adds to a text.
         Raises ApiError."""
-        self._check_chars(len(text), "prompt")
-        return self._encode(text, add_special_tokens=True, param="prompt")
+        self._check_chars(len(text), param)
+        return self._encode(text, add_special_tokens=add_special_tokens, param=param)
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids` without special tokens; "" for a model without a tokenizer."""
         if self._tokenizer is None:
             return ""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def decode_keeping(self, marks: Mapping[str, int], ids: list[int]) -> str:
+        """As `decode`, with these special tokens left as they are spelt."""
+        spelt = {token: mark for mark, token in marks.items()}
+        if not any(token in spelt for token in ids):
+            return self.decode(ids)
+        parts: list[str] = []
+        run: list[int] = []
+        for token in ids:
+            if token in spelt:
+                parts += [self.decode(run) if run else "", spelt[token]]
+                run = []
+            else:
+                run.append(token)
+        return "".join([*parts, self.decode(run) if run else ""])
+
+    def special_ids_of(self, texts: Sequence[str]) -> dict[str, int]:
+        """Ids of those texts that are special tokens."""
+        return {text: self._specials[text] for text in texts if text in self._specials}
+
+    def decode_whole(self, ids: list[int]) -> str:
+        """Text of `ids` with special tokens. Raises ApiError."""
+        tokenizer, _ = self._tokenizers("tokens", plain=False)
+        text: str = tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
     def token_text(self, token: int) -> str:
@@ -118,12 +188,30 @@ class TextModel:
             )
 
     def _encode(self, text: str, *, add_special_tokens: bool, param: str) -> tuple[int, ...]:
+        tokenizer, _ = self._tokenizers(param, plain=False)
+        return self._checked(
+            tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids), param
+        )
+
+    def _tokenizers(self, param: str, *, plain: bool = True) -> tuple[Tokenizer, Tokenizer]:
+        """The tokenizer, and one to which special tokens are plain text, read when it is first
+        needed. Raises ApiError."""
         if self._tokenizer is None:
             raise bad_request(
                 f"model {self.name!r} has no tokenizer.json; send token ids to /v1/completions",
                 param=param,
             )
-        ids = tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        if not plain:
+            return self._tokenizer, self._tokenizer
+        with self._lock:
+            if self._plain is None:
+                self._plain = _read_tokenizer(self._plain_file)
+                if self._plain is None:
+                    raise ApiError(503, f"model {self.name!r} lost its tokenizer.json")
+                self._plain.encode_special_tokens = True
+        return self._tokenizer, self._plain
+
+    def _checked(self, ids: tuple[int, ...], param: str) -> tuple[int, ...]:
         if not ids:
             raise bad_request(f"{param} holds no token", param=param)
         if max(ids) >= self.vocab_size:
@@ -133,6 +221,22 @@ class TextModel:
                 param=param,
             )
         return ids
+
+
+def _size(value: Any) -> int:
+    """Characters of all the texts in it."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(key) + _size(item) for key, item in value.items())
+    return sum(_size(item) for item in value) if isinstance(value, (list, tuple)) else 0
+
+
+def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
+    added = tokenizer.get_added_tokens_decoder()
+    return {token.content: i for i, token in added.items() if token.special}
 
 
 class TextService:

@@ -24,6 +24,15 @@ def said(content: Any, role: str = "user") -> dict[str, Any]:
     return {**CHAT, "messages": [{"role": role, "content": content}]}
 
 
+def tool(name: str, **parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def called(arguments: str) -> dict[str, Any]:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "tool_calls": [call]}
+
+
 CHATS: list[tuple[str, Any, int, str | None]] = [
     ("not an object", [1], 400, None),
     ("no model", {"messages": USER}, 400, "model"),
@@ -68,7 +77,7 @@ CHATS: list[tuple[str, Any, int, str | None]] = [
             "messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
         },
         400,
-        "messages[0].tool_calls",
+        "messages[0].tool_calls[0].function",
     ),
     ("field unknown", {**CHAT, "temprature": 1}, 400, "temprature"),
     ("temperature too high", {**CHAT, "temperature": 2.5}, 400, "temperature"),
@@ -106,7 +115,56 @@ CHATS: list[tuple[str, Any, int, str | None]] = [
     ("top_logprobs alone", {**CHAT, "top_logprobs": 1}, 400, None),
     ("too many top_logprobs", {**CHAT, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     ("too many prompt_logprobs", {**CHAT, "prompt_logprobs": 21}, 400, "prompt_logprobs"),
-    ("tools", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools"),
+    ("a tool without a function", {**CHAT, "tools": [{"type": "function"}]}, 400, None),
+    ("a tool of another type", {**CHAT, "tools": [{"type": "web"}]}, 400, "tools[0].type"),
+    ("a tool with a bad name", {**CHAT, "tools": [tool("a b")]}, 400, "tools[0].function.name"),
+    ("two tools of one name", {**CHAT, "tools": [tool("f"), tool("f")]}, 400, None),
+    ("too many tools", {**CHAT, "tools": [tool(f"f{i}") for i in range(129)]}, 400, "tools"),
+    ("a call without tools", {**CHAT, "tool_choice": "required"}, 400, "tool_choice"),
+    ("a choice unknown", {**CHAT, "tool_choice": "some"}, 400, "tool_choice"),
+    (
+        "a choice that is no tool",
+        {
+            **CHAT,
+            "tools": [tool("f")],
+            "tool_choice": {"type": "function", "function": {"name": "g"}},
+        },
+        400,
+        "tool_choice",
+    ),
+    (
+        "arguments that no grammar follows",
+        {**CHAT, "tools": [tool("f", type="objec")], "tool_choice": "required"},
+        400,
+        "tools",
+    ),
+    (
+        "a schema that no grammar follows",
+        {**CHAT, "guided_json": {"type": "objec"}},
+        400,
+        "guided_json",
+    ),
+    ("a regex that is none", {**CHAT, "guided_regex": "("}, 400, "guided_regex"),
+    (
+        "a regex and tools",
+        {**CHAT, "guided_regex": "a", "tools": [tool("f")]},
+        400,
+        "guided_regex",
+    ),
+    (
+        "arguments in the history that are no object",
+        {**CHAT, "messages": [called("[1]")]},
+        400,
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+    (
+        "arguments in the history that are no JSON",
+        {**CHAT, "messages": [called("{")]},
+        400,
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+    ("a template's own word", {**CHAT, "chat_template_kwargs": {"messages": "x"}}, 400, None),
+    ("a template's list", {**CHAT, "chat_template_kwargs": {"x": [1]}}, 400, None),
     ("a format unknown", {**CHAT, "response_format": {"type": "xml"}}, 400, "response_format"),
     (
         "a format without its schema",

@@ -12,6 +12,7 @@ from support.fake_hub import card
 from support.tiny import write_tokenizer
 from weft.core.errors import WeftError
 from weft.server.errors import ApiError
+from weft.server.messages import Conversation
 from weft.server.templates import ChatTemplate, TemplateFailure, find_template, special_tokens
 from weft.server.text import TextModel, TextService, max_prompt_chars
 
@@ -79,7 +80,7 @@ def test_rendering_and_ids_are_those_of_transformers(folder: Path, name: str) ->
         CHAT, tokenize=True, add_generation_prompt=True, return_dict=False
     )
     text = TextModel(card("m", folder))
-    assert list(text.encode_chat(CHAT)) == list(expected)
+    assert list(text.encode_chat(Conversation(messages=CHAT))[0]) == list(expected)
     assert list(text.encode_prompt("Hi <s>")) == oracle("Hi <s>")["input_ids"]
     assert text.decode(list(expected)) == oracle.decode(expected, skip_special_tokens=True)
 
@@ -108,12 +109,12 @@ def test_a_template_writes_its_special_tokens_itself(folder: Path) -> None:
     oracle = AutoTokenizer.from_pretrained(folder)
     text = TextModel(card("m", folder))
     expected = oracle.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
-    assert list(text.encode_chat(CHAT)) == list(expected)
-    assert text.encode_chat(CHAT)[:2].count(1) == 1
+    assert list(text.encode_chat(Conversation(messages=CHAT))[0]) == list(expected)
+    assert text.encode_chat(Conversation(messages=CHAT))[0][:2].count(1) == 1
     assert list(text.encode_prompt("Hi")) == oracle("Hi")["input_ids"]
     assert text.encode_prompt("Hi")[0] == 1
     set_template(folder, None)
-    assert TextModel(card("m", folder)).encode_chat(CHAT)[0] == 1
+    assert TextModel(card("m", folder)).encode_chat(Conversation(messages=CHAT))[0][0] == 1
 
 
 def test_where_a_template_is_found(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_special_tokens_may_be_objects() -> None:
 def test_a_model_without_a_template_gets_the_plain_form(folder: Path) -> None:
     set_template(folder, None)
     text = TextModel(card("m", folder))
-    ids = text.encode_chat([{"role": "user", "content": "hi"}])
+    ids, _ = text.encode_chat(Conversation(messages=[{"role": "user", "content": "hi"}]))
     assert text.decode(list(ids)) == "user: hi\nassistant:"
 
 
@@ -240,8 +241,8 @@ def test_lengths_are_bounded_before_tokenising(folder: Path) -> None:
     assert text.encode_prompt("a" * limit)
     with pytest.raises(ApiError, match="8001 characters"):
         text.encode_prompt("a" * (limit + 1))
-    with pytest.raises(ApiError, match="8001 characters"):
-        text.encode_chat([{"role": "user", "content": "a" * (limit + 1)}])
+    with pytest.raises(ApiError, match="characters"):
+        text.encode_chat(Conversation(messages=[{"role": "user", "content": "a" * (limit + 1)}]))
 
 
 def test_an_id_the_model_does_not_have_is_refused(folder: Path) -> None:
