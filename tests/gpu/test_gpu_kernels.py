@@ -25,8 +25,17 @@ SHAPES = [
 ]
 
 
+HOW = pytest.mark.parametrize(
+    ("window", "cap"), [(0, None), (1, None), (100, 2.0), (512, None), (4096, 30.0), (0, 2.0)]
+)
+
+
 def case_of(
-    shape: tuple[int, int, int, int, torch.dtype], starts: list[int], counts: list[int]
+    shape: tuple[int, int, int, int, torch.dtype],
+    starts: list[int],
+    counts: list[int],
+    window: int = 0,
+    cap: float | None = None,
 ) -> AttentionCase:
     q_heads, kv_heads, head_dim, page_tokens, dtype = shape
     return attention_case(
@@ -39,6 +48,8 @@ def case_of(
         counts=counts,
         dtype=dtype,
         device="cuda",
+        window=window,
+        cap=cap,
     )
 
 
@@ -52,7 +63,7 @@ def attention_ref(case: AttentionCase) -> tuple[torch.Tensor, torch.Tensor]:
     from weft.kernels.paged_attention import attention_torch
 
     return attention_torch(
-        case.q, case.kv, case.table, case.slots, case.starts, case.counts, scale=case.scale
+        case.q, case.kv, case.table, case.slots, case.starts, case.counts, **case.how
     )
 
 
@@ -68,26 +79,32 @@ def decode(case: AttentionCase, splits: int, lse: torch.Tensor | None = None) ->
         case.int32(case.starts),
         case.int32(case.row_tokens()),
         out,
-        scale=case.scale,
+        **case.how,
         splits=splits,
         lse=lse,
     )
     return out
 
 
+@HOW
 @pytest.mark.parametrize("splits", [1, 7])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_decode(shape: tuple[int, int, int, int, torch.dtype], splits: int) -> None:
+def test_decode(
+    shape: tuple[int, int, int, int, torch.dtype], splits: int, window: int, cap: float | None
+) -> None:
     starts = [0, 15, 16, 63, 64, 700, 2047]
-    case = case_of(shape, starts, [1] * len(starts))
+    case = case_of(shape, starts, [1] * len(starts), window, cap)
     lse = torch.full(case.q.shape[:2], float("nan"), device="cuda")
     out = decode(case, splits, lse)
     check(case, out, lse)
     assert torch.equal(decode(case, splits), out), "the same launch gives the same bits"
 
 
+@HOW
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_chunks(shape: tuple[int, int, int, int, torch.dtype]) -> None:
+def test_chunks(
+    shape: tuple[int, int, int, int, torch.dtype], window: int, cap: float | None
+) -> None:
     from weft.kernels.paged_attention import (
         ChunkBlocks,
         chunk_attention,
@@ -95,14 +112,14 @@ def test_chunks(shape: tuple[int, int, int, int, torch.dtype]) -> None:
         cut_chunks,
     )
 
-    case = case_of(shape, [0, 31, 500, 3, 64], [300, 1, 129, 2, 64])
+    case = case_of(shape, [0, 31, 500, 3, 64], [300, 1, 129, 2, 64], window, cap)
     lse = torch.full(case.q.shape[:2], float("nan"), device="cuda")
     out = torch.full_like(case.q, float("nan"))
     group = case.q.shape[1] // case.kv.shape[3]
     tokens = chunk_block_tokens(group, case.q.shape[2], case.q.element_size())
     rows = list(zip(case.slots, case.starts, case.row_tokens(), case.counts, strict=True))
     blocks = ChunkBlocks(*(case.int32(column) for column in cut_chunks(rows, tokens)))
-    chunk_attention(case.q, case.kv, case.table, blocks, out, scale=case.scale, lse=lse)
+    chunk_attention(case.q, case.kv, case.table, blocks, out, **case.how, lse=lse)
     check(case, out, lse)
 
 
@@ -126,8 +143,14 @@ def test_elementwise(dtype: torch.dtype) -> None:
     assert (
         relative_error(ours.rotary(heads, cos, sin), twin.rotary(heads, cos, sin)) < LIMITS[dtype]
     )
-    gate_up = draw(37, 8, 2, 2368)
-    assert relative_error(ours.act_mul(gate_up), twin.act_mul(gate_up)) < LIMITS[dtype]
+    part = (heads, cos[:, :24], sin[:, :24])
+    assert relative_error(ours.rotary(*part), twin.rotary(*part)) < LIMITS[dtype]
+    gate_up = 3 * draw(37, 8, 2, 2368)
+    for activation in ("silu", "gelu_tanh"):
+        out, ref = ours.act_mul(gate_up, activation), twin.act_mul(gate_up, activation)
+        assert relative_error(out, ref) < LIMITS[dtype]
+    ref = twin.rms_norm(x, weight, 1e-6, 1.0)
+    assert relative_error(ours.rms_norm(x, weight, 1e-6, 1.0), ref) < LIMITS[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)

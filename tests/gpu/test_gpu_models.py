@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from support.plain import PlainModel, make_batch, packed_weights
-from support.tiny import tiny_checkpoint
+from support.tiny import CLASSES, tiny_checkpoint
 from weft.attention.base import ForwardBatch
 from weft.attention.reference import ReferenceAttention
 from weft.core.actions import Row
@@ -49,13 +49,14 @@ def to_cuda(batch: ForwardBatch) -> ForwardBatch:
     return replace(batch, **moved)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", sorted(CLASSES))
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-3)])
 def test_forward_on_cuda_equals_forward_on_the_cpu(
     tmp_path: Path, family: str, dtype: str, tolerance: float
 ) -> None:
     """A mixed step after a prefill; and forward itself never waits for the device."""
-    path = tiny_checkpoint(tmp_path, family=family, layers=3, rope="llama3")
+    rope = "longrope" if family == "phi3" else "llama3"
+    path = tiny_checkpoint(tmp_path, family=family, layers=3, rope=rope)
     model = PlainModel(path, dtype=dtype)
     decoder = Decoder(model.arch, packed_weights(path, model.arch).to(CUDA))
     kv_bytes = model.page_tokens * model.arch.kv_bytes_per_token * model.num_pages

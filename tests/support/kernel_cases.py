@@ -1,6 +1,7 @@
 """Random cases for the attention kernels, the same for the interpreter and the device."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,6 +17,13 @@ class AttentionCase:
     starts: list[int]
     counts: list[int]
     scale: float
+    window: int = 0
+    cap: float | None = None
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Scale, window and cap, as the kernels take them."""
+        return {"scale": self.scale, "window": self.window, "cap": self.cap}
 
     @property
     def tokens(self) -> int:
@@ -42,6 +50,8 @@ def attention_case(
     device: str = "cpu",
     layers: int = 3,
     layer: int = 1,
+    window: int = 0,
+    cap: float | None = None,
 ) -> AttentionCase:
     gen = torch.Generator().manual_seed(seed)
     rows = len(starts)
@@ -63,6 +73,11 @@ def attention_case(
         pool[int(table[slot, (last - 1) // page_tokens]), :, :, (last - 1) % page_tokens + 1 :] = (
             float("nan")
         )
+        # The same for what lies before its window; whole pages of that are nobody's.
+        oldest = max(0, start - window + 1) if window else 0
+        page, offset = oldest // page_tokens, oldest % page_tokens
+        pool[int(table[slot, page]), :, :, :offset] = float("nan")
+        table[slot, :page] = 2**30
     return AttentionCase(
         q=q.to(device, dtype),
         kv=pool.to(device, dtype)[:, layer],
@@ -70,7 +85,9 @@ def attention_case(
         slots=slots,
         starts=starts,
         counts=counts,
-        scale=head_dim**-0.5,
+        scale=head_dim**-0.5 if cap is None else 1.0,
+        window=window,
+        cap=cap,
     )
 
 

@@ -126,6 +126,7 @@ def _act_kernel(
     if GELU:
         # (1 + tanh(z)) / 2 = sigmoid(2 z), z = sqrt(2 / pi) * (x + 0.044715 x^3)
         inner = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)
+        inner = tl.maximum(inner, -80.0)  # the cube would overflow exp; 0 to float32 long before
     active = (wide / (1.0 + tl.exp(-inner))).to(gate.dtype)
     out = active.to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + token * SIZE + at, out.to(gate.dtype), mask=inside)

@@ -251,13 +251,16 @@ def attention_torch(
     token = 0
     for slot, start, count in zip(slots, starts, counts, strict=True):
         length = start + count
-        pages = page_table[slot, : -(-length // page_tokens)].long()
+        oldest = max(0, start - window + 1) if window else 0
+        first_page = oldest // page_tokens
+        pages = page_table[slot, first_page : -(-length // page_tokens)].long()
         pair = kv[pages].to(wide).transpose(0, 1).reshape(2, -1, num_kv_heads, head_dim)
-        k, v = pair[:, :length].repeat_interleave(group, dim=2)
+        pair = pair[:, oldest - first_page * page_tokens : length - first_page * page_tokens]
+        k, v = pair.repeat_interleave(group, dim=2)
         x = q[token : token + count].to(wide)
         s = torch.einsum("tqd,nqd->qtn", x, k) * scale
         position = torch.arange(start, length, device=q.device)
-        ahead = torch.arange(length, device=q.device)[None, :] - position[:, None]
+        ahead = torch.arange(oldest, length, device=q.device)[None, :] - position[:, None]
         hidden = (ahead > 0) | (ahead <= -window) if window else ahead > 0
         s = (s if cap is None else torch.tanh(s / cap) * cap).masked_fill(hidden, float("-inf"))
         lses.append(torch.logsumexp(s, dim=-1).T)

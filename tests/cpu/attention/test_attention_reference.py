@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from support.plain import make_batch
-from weft.attention.base import KvView
+from weft.attention.base import PLAIN_ATTENTION, AttentionParams, KvView
 from weft.attention.reference import ReferenceAttention, bucket_pages
 
 
@@ -47,7 +47,13 @@ def random_case(
 
 
 def run(
-    case: Case, rows: list[int], *, page_tokens: int = 8, page_seed: int = 0, layers: int = 2
+    case: Case,
+    rows: list[int],
+    *,
+    page_tokens: int = 8,
+    page_seed: int = 0,
+    layers: int = 2,
+    params: AttentionParams = PLAIN_ATTENTION,
 ) -> list[torch.Tensor]:
     """Outputs of the chosen rows, computed in one step on a pool full of NaN."""
     kv_heads, dim = case.k[0].shape[1:]
@@ -72,6 +78,7 @@ def run(
         torch.cat([case.k[r][case.starts[r] :] for r in rows]),
         torch.cat([case.v[r][case.starts[r] :] for r in rows]),
         kv,
+        params,
     )
     assert out.is_contiguous()
     assert bool(pool[:, :layer].isnan().all()), "another layer was written"
@@ -92,6 +99,22 @@ def dense(case: Case, r: int) -> torch.Tensor:
     return out.transpose(0, 1)
 
 
+def dense_by_hand(case: Case, r: int, params: AttentionParams) -> torch.Tensor:
+    """One query at a time over the keys it sees, in float64."""
+    q, k, v = (x[r].double() for x in (case.q, case.k, case.v))
+    group = q.shape[1] // k.shape[1]
+    out = torch.empty_like(q)
+    for t in range(len(q)):
+        end = case.starts[r] + t + 1
+        begin = max(0, end - params.window) if params.window else 0
+        for head in range(q.shape[1]):
+            scores = k[begin:end, head // group] @ q[t, head] * params.scale
+            if params.cap is not None:
+                scores = params.cap * torch.tanh(scores / params.cap)
+            out[t, head] = torch.softmax(scores, 0) @ v[begin:end, head // group]
+    return out
+
+
 SPANS = [(0, 1), (0, 9), (63, 1), (64, 1), (17, 30), (200, 1), (100, 1), (7, 1), (600, 1), (31, 1)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -107,6 +130,18 @@ def test_equals_dense_attention(
         assert out.dtype == dtype
         error = float((out.double() - dense(case, r)).abs().max())
         assert error < TOLERANCE[dtype], f"row {r}: {error}"
+
+
+@pytest.mark.parametrize("window", [0, 1, 9, 64, 1000])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_windows_caps_and_scales(window: int, cap: float | None) -> None:
+    params = AttentionParams(scale=0.8, window=window, cap=cap)
+    spans = [(0, 1), (0, 20), (63, 1), (17, 30), (130, 1)]
+    case = random_case(spans, heads=4, kv_heads=2, dim=8, dtype=torch.float64, seed=1)
+    for r, out in enumerate(run(case, list(range(len(spans))), params=params)):
+        error = float((out - dense_by_hand(case, r, params)).abs().max())
+        assert error < 1e-12, f"row {r}: {error}"
+        assert torch.equal(run(case, [r], params=params)[0], out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

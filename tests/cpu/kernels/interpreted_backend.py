@@ -9,7 +9,7 @@ from support.kernel_cases import relative_error
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
-from weft.attention.base import ForwardBatch, KvView  # noqa: E402
+from weft.attention.base import AttentionParams, ForwardBatch, KvView  # noqa: E402
 from weft.attention.triton import TritonAttention  # noqa: E402
 from weft.kernels.paged_attention import attention_torch  # noqa: E402
 
@@ -53,13 +53,13 @@ def test_backend_equals_the_twin(starts: list[int], counts: list[int], splits: i
     backend = TritonAttention(splits=splits)
     kv = KvView(pages)
     backend.plan(batch, kv)
+    params = [AttentionParams(), AttentionParams(scale=0.7, window=9, cap=3.0)]
     for layer in range(LAYERS):
         q, k, v = (torch.randn(sum(counts), n, HEAD_DIM) for n in (Q_HEADS, KV_HEADS, KV_HEADS))
-        out = backend.run(layer, q, k, v, kv)
-        ref, _ = attention_torch(
-            q, pages[:, layer], table, slots, starts, counts, scale=HEAD_DIM**-0.5
-        )
-        assert relative_error(out, ref) < 1e-6
+        out = backend.run(layer, q, k, v, kv, params[layer])
+        how = {"scale": 0.7, "window": 9, "cap": 3.0} if layer else {"scale": HEAD_DIM**-0.5}
+        ref, _ = attention_torch(q, pages[:, layer], table, slots, starts, counts, **how)
+        assert relative_error(out, ref) < 2e-6
         # The twin reads the pool, so what was stored is compared with k and v themselves.
         last = starts[-1] + counts[-1] - 1
         place = int(table[slots[-1], last // PAGE_TOKENS]), last % PAGE_TOKENS

@@ -1,6 +1,7 @@
 """Run by test_kernels_interpreter.py in a process of its own with TRITON_INTERPRET=1."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,29 @@ def test_norms(dtype: torch.dtype) -> None:
 
 
 @DTYPES
+def test_norms_with_an_offset(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(3, 72).to(dtype), torch.randn(3, 72).to(dtype)
+    weight = (0.1 * torch.randn(72)).to(dtype)
+    ref, ref_sum = TWIN.add_rms_norm(x.clone(), residual.clone(), weight, 1e-6, 1.0)
+    out, total = OURS.add_rms_norm(x.clone(), residual.clone(), weight, 1e-6, 1.0)
+    assert relative_error(out, ref) < LIMITS[dtype]
+    assert torch.equal(total, ref_sum)
+
+
+@DTYPES
+@pytest.mark.parametrize("half", [1, 3, 8])
+def test_rotary_of_a_part_of_each_head(dtype: torch.dtype, half: int) -> None:
+    heads = torch.randn(3, 2, 5, 20).to(dtype)
+    angle = torch.randn(3, half)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    ref = TWIN.rotary(heads.flatten(1, 2), cos, sin).view_as(heads)
+    assert torch.equal(ref[..., 2 * half :], heads[..., 2 * half :])
+    q, k = elementwise.split_rotary(heads, cos, sin, group=3)
+    assert relative_error(q, ref[:, :, :3].flatten(1, 2)) < LIMITS[dtype]
+    assert relative_error(k, ref[:, :, 3]) < LIMITS[dtype]
+
+
+@DTYPES
 def test_rotary(dtype: torch.dtype) -> None:
     tokens, kv_heads, group, head_dim = 3, 2, 3, 20
     heads = torch.randn(tokens, kv_heads, group + 2, head_dim).to(dtype)
@@ -46,9 +70,11 @@ def test_rotary(dtype: torch.dtype) -> None:
 
 
 @DTYPES
-def test_silu(dtype: torch.dtype) -> None:
-    x = torch.randn(3, 4, 2, 600).to(dtype)
-    assert relative_error(OURS.act_mul(x), TWIN.act_mul(x)) < LIMITS[dtype]
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activations(dtype: torch.dtype, activation: Any) -> None:
+    x = 3 * torch.randn(3, 4, 2, 600).to(dtype)
+    ours, twin = OURS.act_mul(x, activation), TWIN.act_mul(x, activation)
+    assert relative_error(ours, twin) < LIMITS[dtype]
 
 
 def test_store_writes_these_places_only() -> None:
