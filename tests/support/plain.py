@@ -70,6 +70,7 @@ class PlainModel:
     dtype: str = "auto"
     page_tokens: int = 4
     num_pages: int = 256
+    context_tokens: int | None = None
     attention: AttentionBackend = field(default_factory=ReferenceAttention)
     arch: Architecture = field(init=False)
     decoder: Decoder = field(init=False)
@@ -77,7 +78,8 @@ class PlainModel:
 
     def __post_init__(self) -> None:
         self.arch = read_model_config(self.path, self.dtype)
-        self.decoder = Decoder(self.arch, packed_weights(self.path, self.arch))
+        weights = packed_weights(self.path, self.arch)
+        self.decoder = Decoder(self.arch, weights, context_tokens=self.context_tokens)
         page_bytes = self.page_tokens * self.arch.kv_bytes_per_token
         raw = torch.empty(self.num_pages * page_bytes, dtype=torch.uint8)
         self.kv = self.decoder.kv_view(raw, self.page_tokens)

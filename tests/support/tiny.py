@@ -212,7 +212,7 @@ def random_tensors(
     # Scores get a std of 2 * 2 = 4: sharp, else attention over a long context averages to nothing
     # and the answer falls into a loop. Branches outweigh the embedding, else a tied model repeats
     # its last token.
-    spread = 0.3 if gemma else hidden**0.5 * 0.3
+    spread = 0.1 if gemma else hidden**0.5 * 0.3
     tensors = {"model.embed_tokens.weight": matrix(vocab, hidden, spread)}
     for i in range(layers):
         name = f"model.layers.{i}"

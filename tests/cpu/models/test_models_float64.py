@@ -5,13 +5,14 @@ transformers cannot be the oracle here, its norm and rotary product are float32 
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from support.plain import PlainModel
-from support.tiny import tiny_checkpoint
-from weft.core.model import Architecture
+from support.tiny import ROPES, tiny_checkpoint
+from weft.core.model import Architecture, RopeSpec
 from weft.models.safetensors_file import open_checkpoint
 
 NEW_TOKENS = 12
@@ -26,60 +27,96 @@ class DenseModel:
             self.weights = {
                 name: checkpoint.array(name).astype(np.float64) for name in checkpoint.tensors
             }
+        unfuse(self.weights, arch)
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """[len(tokens), V]."""
         arch, w = self.arch, self.weights
-        x = w["model.embed_tokens.weight"][tokens]
+        x = w["model.embed_tokens.weight"][tokens] * arch.embed_scale
+        after, before, last = (
+            f"{part}_layernorm"
+            for part in ("post_attention", "pre_feedforward", "post_feedforward")
+        )
         for i in range(arch.num_layers):
             name = f"model.layers.{i}"
-            h = self.norm(x, w[f"{name}.input_layernorm.weight"])
-            x = x + self.attention(h, f"{name}.self_attn")
-            h = self.norm(x, w[f"{name}.post_attention_layernorm.weight"])
-            gate = h @ w[f"{name}.mlp.gate_proj.weight"].T
-            up = h @ w[f"{name}.mlp.up_proj.weight"].T
-            x = x + (gate / (1 + np.exp(-gate)) * up) @ w[f"{name}.mlp.down_proj.weight"].T
+            h = self.attention(self.norm(x, f"{name}.input_layernorm"), f"{name}.self_attn", i)
+            x = x + (self.norm(h, f"{name}.{after}") if arch.branch_norms else h)
+            h = self.norm(x, f"{name}.{before if arch.branch_norms else after}")
+            h = self.mlp(h, f"{name}.mlp")
+            x = x + (self.norm(h, f"{name}.{last}") if arch.branch_norms else h)
         head = "model.embed_tokens.weight" if arch.tied_embeddings else "lm_head.weight"
-        return self.norm(x, w["model.norm.weight"]) @ w[head].T
+        return cap(self.norm(x, "model.norm") @ w[head].T, arch.logit_cap)
 
-    def norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    def mlp(self, h: np.ndarray, name: str) -> np.ndarray:
+        gate, up = self.linear(h, f"{name}.gate_proj"), self.linear(h, f"{name}.up_proj")
+        if self.arch.activation == "silu":
+            active = gate / (1 + np.exp(-gate))
+        else:
+            active = gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) / 2
+        return self.linear(active * up, f"{name}.down_proj")
+
+    def linear(self, h: np.ndarray, name: str) -> np.ndarray:
+        return h @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0)
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        weight = self.weights[f"{name}.weight"] + self.arch.norm_offset
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.arch.norm_eps) * weight
 
-    def attention(self, h: np.ndarray, name: str) -> np.ndarray:
-        arch, w = self.arch, self.weights
+    def attention(self, h: np.ndarray, name: str, layer: int) -> np.ndarray:
+        arch = self.arch
 
         def heads(part: str, count: int) -> np.ndarray:
-            out = h @ w[f"{name}.{part}_proj.weight"].T
-            if arch.qkv_bias:
-                out = out + w[f"{name}.{part}_proj.bias"]
-            return out.reshape(len(h), count, arch.head_dim)
+            return self.linear(h, f"{name}.{part}_proj").reshape(len(h), count, arch.head_dim)
 
-        q = self.rotate(heads("q", arch.num_q_heads))
-        k = self.rotate(heads("k", arch.num_kv_heads))
+        q, k = heads("q", arch.num_q_heads), heads("k", arch.num_kv_heads)
         v = heads("v", arch.num_kv_heads)
+        if arch.qk_norm:
+            q, k = self.norm(q, f"{name}.q_norm"), self.norm(k, f"{name}.k_norm")
+        window = arch.window(layer)
+        rope = arch.local_rope if window and arch.local_rope else arch.rope
+        q, k = self.rotate(q, rope), self.rotate(k, rope)
+        position = np.arange(len(h))
+        ahead = position[None] - position[:, None]
+        hidden = (ahead > 0) | (ahead <= -window) if window else ahead > 0
         out = np.empty_like(q)
         for head in range(arch.num_q_heads):
             group = head // arch.group_size
-            scores = q[:, head] @ k[:, group].T / math.sqrt(arch.head_dim)
-            scores[np.triu_indices(len(h), 1)] = -np.inf
+            scale = arch.attention_scale or 1 / math.sqrt(arch.head_dim)
+            scores = cap(q[:, head] @ k[:, group].T * scale, arch.attention_cap)
+            scores[hidden] = -np.inf
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, group]
-        return out.reshape(len(h), -1) @ w[f"{name}.o_proj.weight"].T
+        return self.linear(out.reshape(len(h), -1), f"{name}.o_proj")
 
-    def rotate(self, x: np.ndarray) -> np.ndarray:
-        """As complex numbers: dimension d is the real, d + D / 2 the imaginary part."""
-        half = self.arch.head_dim // 2
-        frequency = np.array([self.frequency(d) for d in range(half)])
-        turn = np.exp(1j * np.arange(len(x))[:, None] * frequency)[:, None]
-        turned = (x[..., :half] + 1j * x[..., half:]) * turn
-        return np.concatenate((turned.real, turned.imag), axis=-1)
+    def rotate(self, x: np.ndarray, rope: RopeSpec) -> np.ndarray:
+        """As complex numbers: of the rotated dimensions the first half is the real part."""
+        half = (rope.rotary_dim or self.arch.head_dim) // 2
+        frequency = np.array([self.frequency(d, rope) for d in range(half)])
+        turn = np.exp(1j * np.arange(len(x))[:, None] * frequency)[:, None] * rope.attention_factor
+        turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * turn
+        return np.concatenate((turned.real, turned.imag, x[..., 2 * half :]), axis=-1)
 
-    def frequency(self, d: int) -> float:
-        rope = self.arch.rope
-        frequency = rope.theta ** (-2 * d / self.arch.head_dim)
-        if rope.kind == "default":
-            return frequency
+    def frequency(self, d: int, rope: RopeSpec) -> float:
+        dim = rope.rotary_dim or self.arch.head_dim
+        frequency = rope.theta ** (-2 * d / dim)
         turns = rope.original_max_position * frequency / (2 * math.pi)
+        if rope.kind == "linear":
+            return frequency / rope.factor
+        if rope.kind == "longrope":
+            is_long = self.arch.max_position > rope.original_max_position
+            return frequency / (rope.long_factor if is_long else rope.short_factor)[d]
+        if rope.kind == "yarn":
+            ends = [
+                dim
+                * math.log(rope.original_max_position / (2 * math.pi * beta))
+                / (2 * math.log(rope.theta))
+                for beta in (rope.beta_fast, rope.beta_slow)
+            ]
+            low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), dim - 1)
+            ramp = min(max((d - low) / (high - low), 0.0), 1.0)
+            return frequency / rope.factor * ramp + frequency * (1 - ramp)
+        if rope.kind != "llama3":
+            return frequency
         if turns < rope.low_freq_factor:
             return frequency / rope.factor
         if turns > rope.high_freq_factor:
@@ -88,11 +125,24 @@ class DenseModel:
         return (1 - smooth) * frequency / rope.factor + smooth * frequency
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("rope", ["default", "llama3"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_float64_is_float64_everywhere(tmp_path: Path, family: str, rope: str, tied: bool) -> None:
-    path = tiny_checkpoint(tmp_path, family=family, rope=rope, tied=tied, heads=6, hidden=48)
+def cap(x: np.ndarray, limit: float | None) -> np.ndarray:
+    return x if limit is None else limit * np.tanh(x / limit)
+
+
+def unfuse(weights: dict[str, np.ndarray], arch: Architecture) -> None:
+    """Phi-3's fused matrices under the names of the others."""
+    queries, keys = arch.num_q_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    for fused in [name for name in weights if "qkv_proj" in name or "gate_up_proj" in name]:
+        whole = weights.pop(fused)
+        if "qkv_proj" in fused:
+            for part, rows in zip("qkv", np.split(whole, [queries, queries + keys]), strict=True):
+                weights[fused.replace("qkv_proj", f"{part}_proj")] = rows
+        else:
+            for part, rows in zip(("gate", "up"), np.split(whole, 2), strict=True):
+                weights[fused.replace("gate_up_proj", f"{part}_proj")] = rows
+
+
+def check_dense(path: Path) -> None:
     model = PlainModel(path, dtype="float64")
     dense = DenseModel(path, model.arch)
     prompt = [int(t) for t in np.random.default_rng(0).integers(0, 128, 60)]
@@ -101,3 +151,26 @@ def test_float64_is_float64_everywhere(tmp_path: Path, family: str, rope: str, t
         expected = dense.logits(prompt + tokens[:-1])[len(prompt) - 1 :]
         assert np.abs(logits.numpy() - expected).max() < 1e-10
         assert tokens == expected.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("rope", sorted(ROPES))
+@pytest.mark.parametrize("tied", [False, True])
+def test_float64_is_float64_everywhere(tmp_path: Path, family: str, rope: str, tied: bool) -> None:
+    check_dense(tiny_checkpoint(tmp_path, family=family, rope=rope, tied=tied, heads=6, hidden=48))
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {"sliding_window": 24}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+        ("qwen3", {}),
+        ("gemma2", {}),
+        ("gemma3", {}),
+        ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 31}),
+    ],
+)
+def test_float64_of_every_class(tmp_path: Path, family: str, extra: dict[str, Any]) -> None:
+    check_dense(tiny_checkpoint(tmp_path, family=family, config_extra=extra))
