@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from support.tiny import tiny_checkpoint
+from support.tiny_adapter import tiny_adapter
 from weft.core.actions import (
     CopyKv,
     Drop,
@@ -28,12 +29,13 @@ from weft.core.actions import (
 )
 from weft.core.events import Failed, StepDone, UnitEvent
 from weft.core.ids import ActionId, GranuleId, ModelName, PageId, RequestId, SlotId
-from weft.core.model import Architecture, ModelSpec, model_spec
+from weft.core.model import AdapterShape, Architecture, ModelSpec, adapter_spec, model_spec
 from weft.core.request import Extent, Sampling
 from weft.core.unit import UnitSpec
 from weft.engine.base import Executor, ImageRef
 from weft.engine.cpu_executor import CpuExecutor
 from weft.memory.host_store import HostStore
+from weft.models.adapter import adapter_key, adapter_layout, build_adapter, read_adapter
 from weft.models.hf_config import read_eos_ids, read_model_config
 from weft.models.image import build_image, image_key, image_layout
 from weft.models.safetensors_file import open_checkpoint
@@ -51,6 +53,8 @@ class TinyModel:
     path: Path
     arch: Architecture
     spec: ModelSpec
+    adapter: AdapterShape | None = None
+    """It is an adapter; `arch` is its base's."""
 
 
 def tiny_models(
@@ -75,6 +79,22 @@ def tiny_models(
             page_tokens=page_tokens,
         )
         out[name] = TinyModel(path, arch, spec)
+    return out
+
+
+def tiny_adapters(
+    folder: Path, models: Mapping[str, TinyModel], wanted: Mapping[str, Mapping[str, Any]]
+) -> dict[str, TinyModel]:
+    """Make a tiny adapter per name; the values have `base` and arguments of `tiny_adapter`."""
+    out: dict[str, TinyModel] = {}
+    for i, (name, arguments) in enumerate(wanted.items()):
+        base = models[arguments["base"]]
+        others = {key: value for key, value in arguments.items() if key != "base"}
+        path = tiny_adapter(folder / name, base.arch, **{"seed": i, **others})
+        shape = read_adapter(path, base.arch)
+        size = adapter_layout(base.arch, shape).num_bytes
+        spec = adapter_spec(name, base.spec, weight_bytes=size, pinned=False)
+        out[name] = TinyModel(path, base.arch, spec, shape)
     return out
 
 
@@ -116,10 +136,16 @@ def fill_store(
     at = 0
     for name, model in models.items():
         size = model.spec.weight_bytes
-        with open_checkpoint(model.path) as checkpoint, host.view(at, size) as out:
-            build_image(checkpoint, model.arch, out)
+        with host.view(at, size) as out:
+            if model.adapter is not None:
+                build_adapter(model.path, model.arch, model.adapter, out)
+                key = adapter_key(model.path, model.arch)
+            else:
+                with open_checkpoint(model.path) as checkpoint:
+                    build_image(checkpoint, model.arch, out)
+                key = image_key(model.path, model.arch)
         images[name] = ImageRef(
-            key=image_key(model.path, model.arch),
+            key=key,
             offset=at,
             num_bytes=size,
             tokenizer=str(model.path / "tokenizer.json"),
@@ -168,7 +194,7 @@ class Engine:
             options = {"verify": True, "poison": True, **options}
         self.executor = make(unit, self.host, **options)
         for name, model in models.items():
-            self.executor.bind(model.spec, model.arch, self.images[name])
+            self.executor.bind(model.spec, model.arch, self.images[name], model.adapter)
         self.ends: dict[int, UnitEvent] = {}
         self.drawn: dict[int, list[tuple[int, ...]]] = {}
         """Tokens per iteration of every Run, whole once its end is in `ends`."""
@@ -297,17 +323,22 @@ def row(
 
 
 @contextmanager
-def resident(engine: Engine, model: str, pages: int) -> Iterator[None]:
+def resident(engine: Engine, model: str, pages: int, adapter: str | None = None) -> Iterator[None]:
     """Weights loaded and KV mapped for pages 0 .. pages - 1, from granule 0 up; undone after."""
     spec, unit = engine.models[model].spec, engine.unit
-    weights = range(engine.weight_granules(model))
+    held: dict[str, range] = {}
+    at = 0
+    for name in (model, *([] if adapter is None else [adapter])):
+        held[name] = range(at, at + engine.weight_granules(name))
+        at = held[name].stop
+        engine.do(engine.load(name, held[name]))
     count = -(-pages * spec.page_bytes // unit.granule_bytes)
-    kv = {i: len(weights) + i for i in range(count)}
-    engine.do(engine.load(model, weights))
+    kv = {i: at + i for i in range(count)}
     engine.do(engine.map_kv(model, kv))
     yield
     engine.do(engine.unmap_kv(model, kv))
-    engine.do(engine.drop(model, weights))
+    for name, weights in held.items():
+        engine.do(engine.drop(name, weights))
 
 
 def plain_run(
@@ -320,6 +351,7 @@ def plain_run(
     stop_ids: Sequence[int] = (),
     min_tokens: int = 0,
     chunk: int | None = None,
+    adapter: str | None = None,
 ) -> tuple[int, ...]:
     """One request alone on an idle engine, step by step: the tokens it draws.
 
@@ -330,7 +362,8 @@ def plain_run(
     pages = list(range(-(-(len(prompt) + max_tokens) // spec.page_tokens)))
     size = min(chunk or len(prompt), engine.unit.max_step_tokens)
     out: list[int] = []
-    with resident(engine, model, len(pages)):
+    name = None if adapter is None else ModelName(adapter)
+    with resident(engine, model, len(pages), adapter):
         for at in range(0, len(prompt), size):
             last = at + size >= len(prompt)
             prefill = row(
@@ -340,6 +373,7 @@ def plain_run(
                 pages=pages if at == 0 else (),
                 stop_ids=tuple(stop_ids),
                 min_remaining=min_tokens if last else 0,
+                adapter=name,
             )
             run = engine.run(model, [prefill])
             engine.do(run)
@@ -352,6 +386,7 @@ def plain_run(
                 output_index=len(out),
                 stop_ids=tuple(stop_ids),
                 min_remaining=max(0, min_tokens - len(out)),
+                adapter=name,
             )
             run = engine.run(model, [decode])
             engine.do(run)

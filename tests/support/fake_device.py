@@ -23,6 +23,7 @@ from weft.engine.sampler import sample
 from weft.kernels.word_sum import word_sum
 from weft.memory.arena_cpu import CpuArena
 from weft.memory.base import Arena
+from weft.models.lora import LoraOps, TorchLora
 from weft.models.ops import Ops, TorchOps
 
 
@@ -124,6 +125,9 @@ class FakeDevice:
 
     def ops(self) -> Ops:
         return TorchOps()
+
+    def lora(self) -> LoraOps:
+        return TorchLora()
 
     def sampler(self) -> Sampler:
         return sample

@@ -21,6 +21,7 @@ from weft.engine.sampler import SamplingBatch, sample
 from weft.models.decoder import Decoder
 from weft.models.hf_config import read_model_config
 from weft.models.image import build_image, image_layout
+from weft.models.lora import LoraWeights, TorchLora, batch_of, plan_lora
 from weft.models.safetensors_file import open_checkpoint
 
 
@@ -72,6 +73,8 @@ class PlainModel:
     num_pages: int = 256
     context_tokens: int | None = None
     attention: AttentionBackend = field(default_factory=ReferenceAttention)
+    adapter: LoraWeights | None = None
+    """All rows use it."""
     arch: Architecture = field(init=False)
     decoder: Decoder = field(init=False)
     kv: KvView = field(init=False)
@@ -93,7 +96,9 @@ class PlainModel:
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits of one step."""
         self.attention.plan(batch, self.kv)
-        return self.decoder.forward(batch, self.attention, self.kv)
+        plan = plan_lora([(self.adapter, count) for count in batch.num_tokens])
+        lora = batch_of(plan, TorchLora()) if plan.groups else None
+        return self.decoder.forward(batch, self.attention, self.kv, lora=lora)
 
     def generate(
         self,

@@ -143,6 +143,21 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     tbt_slo_s: float = 0.1
 
 
+class AdapterShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine must know of a LoRA adapter besides the architecture of its base. Its
+    scaling is folded into its weights."""
+
+    ranks: tuple[tuple[int, int, int, int], ...]
+    """Per layer the rank at qkv, o, gate_up and down, a multiple of 16; 0: nothing there."""
+
+
+def adapter_spec(name: str, base: ModelSpec, *, weight_bytes: int, pinned: bool) -> ModelSpec:
+    """The scheduling view of an adapter on `base`: an image of its own, all else from the base."""
+    return msgspec.structs.replace(
+        base, name=ModelName(name), base=base.name, weight_bytes=weight_bytes, pinned=pinned
+    )
+
+
 def model_spec(
     name: str,
     arch: Architecture,

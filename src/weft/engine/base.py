@@ -12,7 +12,7 @@ import msgspec
 from weft.core.actions import UnitAction
 from weft.core.events import UnitEvent
 from weft.core.ids import ModelName
-from weft.core.model import Architecture, ModelSpec
+from weft.core.model import AdapterShape, Architecture, ModelSpec
 
 
 class ImageRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,8 +30,15 @@ class Executor(Protocol):
     """Executes actions. Every submitted action ends in exactly one Done or Failed event
     (StepDone(last=True), CopyDone, Done or Failed), also after `close` has begun."""
 
-    def bind(self, model: ModelSpec, arch: Architecture, image: ImageRef) -> None:
-        """Make the model known and reserve its address ranges. Before any action naming it."""
+    def bind(
+        self,
+        model: ModelSpec,
+        arch: Architecture,
+        image: ImageRef,
+        adapter: AdapterShape | None = None,
+    ) -> None:
+        """Make the model known and reserve its address ranges. Before any action naming it. For a
+        LoRA adapter `arch` is its base's and `adapter` says what it touches."""
         ...
 
     def unbind(self, model: ModelName) -> None:

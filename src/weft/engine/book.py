@@ -165,7 +165,7 @@ class ActionBook:
     def names_model(self, model: str) -> bool:
         """Whether an action in flight names the model."""
         with self._lock:
-            return any(_model_of(action) == model for action in self._actions.values())
+            return any(model in _models_of(action) for action in self._actions.values())
 
     def any_in_flight(self, actions: Iterable[ActionId]) -> bool:
         """Whether any of these has not ended yet."""
@@ -259,7 +259,10 @@ class ActionBook:
             os.eventfd_write(self._fd, 1)
 
 
-def _model_of(action: UnitAction) -> str | None:
+def _models_of(action: UnitAction) -> set[str | None]:
+    """With adapters."""
     if isinstance(action, Interrupt):
-        return None
-    return action.plan.model if isinstance(action, Run) else action.model
+        return set()
+    if isinstance(action, Run):
+        return {action.plan.model, *(row.adapter for row in action.plan.rows)}
+    return {action.model}

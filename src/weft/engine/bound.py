@@ -4,6 +4,7 @@ import threading
 
 from weft.core.actions import Load
 from weft.core.ids import ModelName
+from weft.engine.adapters import BoundAdapter
 from weft.engine.book import ActionBook
 from weft.engine.model import BoundModel
 from weft.memory.base import Arena, mapping_difference
@@ -17,6 +18,8 @@ class BoundModels(dict[ModelName, BoundModel]):
         self._arena = arena
         self._arena_lock = arena_lock
         self._granule_bytes = granule_bytes
+        self.adapters: dict[ModelName, BoundAdapter] = {}
+        """Bound adapters, of all models."""
 
     def __missing__(self, name: ModelName) -> BoundModel:
         raise ValueError(f"model {name!r} is not bound")
@@ -27,11 +30,16 @@ class BoundModels(dict[ModelName, BoundModel]):
             raise ValueError(f"{model}: an action that names it is in flight")
         with self._arena_lock:
             self._arena.release(model)
-            del self[model]
+            if model in self.adapters:
+                del self.adapters[model]
+            else:
+                del self[model]
 
-    def to_load(self, action: Load) -> tuple[BoundModel, range]:
-        """The model of a load and the virtual granules under its weights. Raises ValueError."""
-        model, at = self[action.model], range(len(action.granules))
+    def to_load(self, action: Load) -> tuple[BoundModel | BoundAdapter, range]:
+        """The model or adapter of a load and the virtual granules under its weights. Raises
+        ValueError."""
+        adapter, at = self.adapters.get(action.model), range(len(action.granules))
+        model = adapter or self[action.model]
         if len(at) * self._granule_bytes < model.image.num_bytes:
             raise ValueError(f"{len(at)} granules are too few for {model.image.num_bytes} bytes")
         return model, at

@@ -27,8 +27,9 @@ from weft.core.actions import (
 )
 from weft.core.events import CopyDone, Done, Failed, StepDone, UnitEvent
 from weft.core.ids import ModelName
-from weft.core.model import Architecture, ModelSpec
+from weft.core.model import AdapterShape, Architecture, ModelSpec
 from weft.core.unit import UnitSpec
+from weft.engine.adapters import StepAdapters, bind_adapter
 from weft.engine.base import ImageRef
 from weft.engine.book import ActionBook, DependencyFailed, ExecutorClosed, LoadProgress
 from weft.engine.bound import BoundModels
@@ -41,7 +42,12 @@ from weft.engine.copies import (
     range_pieces,
 )
 from weft.engine.failures import failure
-from weft.engine.mapped import check_pages_mapped, check_weights_mapped, remap
+from weft.engine.mapped import (
+    check_adapters_mapped,
+    check_pages_mapped,
+    check_weights_mapped,
+    remap,
+)
 from weft.engine.model import BoundModel, bind_model
 from weft.engine.runner import LogitsTap, Runner
 from weft.engine.step import step_done
@@ -87,7 +93,12 @@ class CpuExecutor:
         last_token = torch.zeros(unit.num_slots, dtype=torch.int64)
         self._runners = [
             Runner(
-                unit, torch.device("cpu"), ReferenceAttention(), last_token, logits_tap=logits_tap
+                unit,
+                torch.device("cpu"),
+                ReferenceAttention(),
+                last_token,
+                adapters=StepAdapters(self._models.adapters),
+                logits_tap=logits_tap,
             )
             for _ in range(unit.lanes)
         ]
@@ -105,8 +116,18 @@ class CpuExecutor:
 
     # -- Executor -------------------------------------------------------------------------------
 
-    def bind(self, model: ModelSpec, arch: Architecture, image: ImageRef) -> None:
+    def bind(
+        self,
+        model: ModelSpec,
+        arch: Architecture,
+        image: ImageRef,
+        adapter: AdapterShape | None = None,
+    ) -> None:
         with self._arena_lock:
+            if adapter is not None:
+                bound = bind_adapter(self._arena, model, arch, adapter, image)
+                self._models.adapters[model.name] = bound
+                return
             self._models[model.name] = bind_model(self._arena, self.unit, model, arch, image)
 
     def unbind(self, model: ModelName) -> None:
@@ -300,6 +321,8 @@ class CpuExecutor:
             with self._arena_lock:
                 held = self._arena.mapped()[f"{model.spec.name}/weights"]
             check_weights_mapped(model.spec, held)
+        with self._arena_lock:
+            check_adapters_mapped(plan, self._arena.mapped())
         for row in plan.rows:
             end = row.start + row.num_tokens + plan.repeat - 1
             pages = model.page_table[row.slot, : -(-end // model.spec.page_tokens)].tolist()

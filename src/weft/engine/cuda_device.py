@@ -12,6 +12,7 @@ from weft.core.unit import UnitSpec
 from weft.engine.runner import Sampler
 from weft.engine.sampler import SamplingBatch, sample
 from weft.memory.base import Arena
+from weft.models.lora import LoraOps
 from weft.models.ops import Ops
 
 
@@ -60,6 +61,8 @@ class Device(Protocol):
     def attention(self) -> AttentionBackend: ...
 
     def ops(self) -> Ops: ...
+
+    def lora(self) -> LoraOps: ...
 
     def sampler(self) -> Sampler: ...
 
@@ -158,6 +161,11 @@ class CudaDevice:
         from weft.kernels.elementwise import TritonOps
 
         return TritonOps()
+
+    def lora(self) -> LoraOps:
+        from weft.kernels.lora import TritonLora
+
+        return TritonLora()
 
     def sampler(self) -> Sampler:
         from weft.kernels.sampling import draw

@@ -32,8 +32,9 @@ from weft.core.actions import (
 from weft.core.errors import WeftError
 from weft.core.events import CopyDone, Done, UnitEvent
 from weft.core.ids import ActionId, ModelName
-from weft.core.model import Architecture, ModelSpec
+from weft.core.model import AdapterShape, Architecture, ModelSpec
 from weft.core.unit import UnitSpec
+from weft.engine.adapters import BoundAdapter, StepAdapters, bind_adapter
 from weft.engine.base import ImageRef
 from weft.engine.book import ActionBook, ExecutorClosed, LoadProgress
 from weft.engine.bound import BoundModels
@@ -132,21 +133,31 @@ class CudaExecutor:
 
     # -- Executor -------------------------------------------------------------------------------
 
-    def bind(self, model: ModelSpec, arch: Architecture, image: ImageRef) -> None:
+    def bind(
+        self,
+        model: ModelSpec,
+        arch: Architecture,
+        image: ImageRef,
+        adapter: AdapterShape | None = None,
+    ) -> None:
         if arch.dtype == "float64" and self._device.torch_device.type == "cuda":
             raise WeftError(f"{model.name}: float64 is for the CPU; use float32 or less on CUDA")
         self._device.prepare_thread()
         self._registry.want(image.offset, image.num_bytes, first=True)
         first = self._lanes[0].stream
         with self._arena_lock, first.use():
-            self._models[model.name] = bind_model(
-                self._arena,
-                self.unit,
-                model,
-                arch,
-                image,
-                partial(Decoder, ops=self._device.ops()),
-            )
+            if adapter is not None:
+                bound = bind_adapter(self._arena, model, arch, adapter, image)
+                self._models.adapters[model.name] = bound
+            else:
+                self._models[model.name] = bind_model(
+                    self._arena,
+                    self.unit,
+                    model,
+                    arch,
+                    image,
+                    partial(Decoder, ops=self._device.ops()),
+                )
         made = first.record()
         for lane in self._lanes[1:]:
             lane.stream.wait(made)
@@ -234,6 +245,7 @@ class CudaExecutor:
                     self._device.attention(),
                     last_token,
                     sampler=self._device.sampler(),
+                    adapters=StepAdapters(self._models.adapters, self._device.lora()),
                     logits_tap=logits_tap,
                 )
                 for _ in streams
@@ -360,7 +372,7 @@ class CudaExecutor:
             raise
 
     def _copy_extents(
-        self, stream: Stream, model: BoundModel, progress: LoadProgress
+        self, stream: Stream, model: BoundModel | BoundAdapter, progress: LoadProgress
     ) -> list[torch.Tensor]:
         """Queue the copies of all extents, a mark behind each. Returns their checksums if asked."""
         image, target = model.image, model.weights_bytes.data_ptr()

@@ -7,10 +7,11 @@ from functools import partial
 import torch
 
 from weft.core.actions import CopyKv, StepPlan
+from weft.engine.adapters import BoundAdapter
 from weft.engine.checksums import Checksums
 from weft.engine.copies import page_fragments
 from weft.engine.cuda_device import Device, Stream
-from weft.engine.mapped import check_pages_mapped, check_weights_mapped
+from weft.engine.mapped import check_adapters_mapped, check_pages_mapped, check_weights_mapped
 from weft.engine.model import BoundModel
 from weft.kernels.word_sum import word_sum
 from weft.memory.base import Arena
@@ -36,7 +37,7 @@ class Verifier:
         self._host = None
 
     def sum_extent(
-        self, stream: Stream, model: BoundModel, index: int, extent: LayoutExtent
+        self, stream: Stream, model: BoundModel | BoundAdapter, index: int, extent: LayoutExtent
     ) -> torch.Tensor:
         """Queue the sum of an extent just copied in; the first time also sum its host bytes."""
         key = (model.image.key, index)
@@ -47,7 +48,7 @@ class Verifier:
         with stream.use():
             return self._device.sums(model.weights_bytes, [extent.offset], extent.num_bytes)
 
-    def check_image(self, model: BoundModel, sums: list[torch.Tensor]) -> None:
+    def check_image(self, model: BoundModel | BoundAdapter, sums: list[torch.Tensor]) -> None:
         """Raises ChecksumError."""
         key = model.image.key
         for i, on_device in enumerate(sums):
@@ -77,6 +78,8 @@ class Verifier:
             with self._arena_lock:
                 held = self._arena.mapped()[f"{model.spec.name}/weights"]
             check_weights_mapped(model.spec, held)
+        with self._arena_lock:
+            check_adapters_mapped(plan, self._arena.mapped())
         for row in plan.rows:
             self._check_mapped(model, row.append_pages, row.request)
 

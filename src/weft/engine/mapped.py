@@ -1,9 +1,9 @@
 """Mapping as actions ask for it; and checks that what an action touches is mapped: for tests, where
 a stray access should be an error with a name and not a crash or a zero."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from weft.core.actions import Drop, MapKv, UnmapKv
+from weft.core.actions import Drop, MapKv, StepPlan, UnmapKv
 from weft.core.model import ModelSpec
 from weft.memory.base import UNMAPPED, Arena, ArenaError
 
@@ -24,6 +24,13 @@ def check_weights_mapped(spec: ModelSpec, held: Sequence[int]) -> None:
     """held: the granule at every virtual granule of the weight range. Raises ArenaError."""
     if UNMAPPED in held:
         raise ArenaError(f"{spec.name}: a step without its weights")
+
+
+def check_adapters_mapped(plan: StepPlan, mapped: Mapping[str, Sequence[int]]) -> None:
+    """mapped: as `Arena.mapped`. Raises ArenaError."""
+    for row in plan.rows:
+        if row.adapter is not None and UNMAPPED in mapped[f"{row.adapter}/weights"]:
+            raise ArenaError(f"{row.adapter}: a step without the adapter of {row.request}")
 
 
 def check_pages_mapped(

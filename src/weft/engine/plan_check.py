@@ -49,8 +49,6 @@ def _check_row(row: Row, repeat: int, model: BoundModel, unit: UnitSpec) -> None
     if row.sample is not None:
         _check_sampling(row, row.sample, repeat, model)
     _check_prompt(row, repeat, model)
-    if row.adapter is not None:
-        raise ValueError(f"{who}: adapters are not supported yet")
 
 
 def _check_prompt(row: Row, repeat: int, model: BoundModel) -> None:

@@ -17,6 +17,7 @@ from weft.attention.base import AttentionBackend, ForwardBatch
 from weft.core.actions import Row, StepPlan
 from weft.core.errors import INVALID_REQUEST, WeftError
 from weft.core.unit import UnitSpec
+from weft.engine.adapters import StepAdapters
 from weft.engine.adjust import (
     Adjustments,
     Bias,
@@ -55,15 +56,17 @@ class Runner:
         last_token: torch.Tensor,
         *,
         sampler: Sampler = sample,
+        adapters: StepAdapters | None = None,
         logits_tap: LogitsTap | None = None,
     ) -> None:
         """last_token: int64 [N] on the device, shared by the lanes of a unit. sampler: see
-        `engine.sampler.sample`, whose meaning it must have."""
+        `engine.sampler.sample`, whose meaning it must have. adapters: default none."""
         self._unit = unit
         self._device = device
         self._attention = attention
         self._last_token = last_token
         self._sampler = sampler
+        self._adapters = adapters or StepAdapters()
         self._tap = logits_tap
         self._matchers = Matchers()
         # depth steps in flight and the one being prepared.
@@ -112,7 +115,7 @@ class Runner:
         batch = self._batch(step, buffers, rows)
         model = step.model
         self._attention.plan(batch, model.kv)
-        states = model.decoder.run_layers(batch, self._attention, model.kv, before_layer)
+        states = model.decoder.run_layers(batch, self._attention, model.kv, before_layer, step.lora)
         final_SH = model.decoder.final_states(states, batch.sample_tokens)
         logits_SV = model.decoder.logits(final_SH)
         if self._tap is not None:
@@ -135,17 +138,20 @@ class Runner:
             step.sampling.advance_()
 
     def _stage_early(self, step: Step) -> None:
-        """Page table entries, stop ids and biases: what differs in size from plan to plan."""
+        """Page table entries, stop ids, biases and the rows of adapters: what differs in size from
+        plan to plan."""
         plan, table = step.plan, step.model.page_table
         rows = [plan.rows[j] for j in step.sampling_rows]
         stops = stop_table(plan)
         scoring = np.array([i for i, _ in step.scoring], dtype=np.int64)
         scored = scored_positions(plan)
         entries = page_entries(plan, table.shape[1])
+        lora = self._adapters.plan(plan)
         arrays = [*entries, stops.reshape(-1), *bias_arrays(rows), scoring, *scored]
-        places, pages, stop_ids, at, ids, values, scoring_rows, scored_tokens, targets = (
-            step.buffers.early.put(arrays)
-        )
+        arrays += self._adapters.arrays(lora)
+        put = step.buffers.early.put(arrays)
+        places, pages, stop_ids, at, ids, values, scoring_rows, scored_tokens, targets = put[:-2]
+        step.lora = self._adapters.batch(lora, *put[-2:])
         if len(places):
             table.view(-1).index_copy_(0, places, pages.to(torch.int32))
         if len(values):

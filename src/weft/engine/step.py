@@ -12,6 +12,7 @@ from weft.engine.logprobs import unpack
 from weft.engine.model import BoundModel
 from weft.engine.sampler import SamplingBatch
 from weft.engine.staging import NO_TOKEN, Buffers
+from weft.models.lora import LoraBatch
 
 
 class Step:
@@ -29,6 +30,7 @@ class Step:
         self.row_tokens = tuple(row.num_tokens for row in plan.rows)
         self.sampling: SamplingBatch | None = None
         self.bias: Bias | None = None
+        self.lora: LoraBatch | None = None
         self.complete: set[int] = set()
         """Rows whose grammar lets nothing follow."""
         self.errors: dict[int, str] = {}

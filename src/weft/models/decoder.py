@@ -22,6 +22,7 @@ from weft.attention.base import (
 from weft.core.model import Architecture
 from weft.models.layout import gate_up_blocks, image_layout
 from weft.models.linear import DenseLinear, Linear
+from weft.models.lora import LoraBatch
 from weft.models.ops import Ops, TorchOps
 from weft.models.rope import rope_tables
 
@@ -138,9 +139,10 @@ class Decoder:
         attention: AttentionBackend,
         kv: KvView,
         before_layer: Callable[[int], None] | None = None,
+        lora: LoraBatch | None = None,
     ) -> torch.Tensor:
         """Logits [S, V] of `batch.sample_tokens`, in the model's dtype. See `run_layers`."""
-        states = self.run_layers(batch, attention, kv, before_layer)
+        states = self.run_layers(batch, attention, kv, before_layer, lora)
         return self.logits(self.final_states(states, batch.sample_tokens))
 
     @torch.inference_mode()
@@ -150,6 +152,7 @@ class Decoder:
         attention: AttentionBackend,
         kv: KvView,
         before_layer: Callable[[int], None] | None = None,
+        lora: LoraBatch | None = None,
     ) -> LayerStates:
         """All tokens through all layers; K and V of all of them are in the pool afterwards.
         `attention.plan(batch, kv)` must have been called.
@@ -157,7 +160,7 @@ class Decoder:
         before_layer is called with -1 before the embedding is read, with i before layer i, with
         num_layers before the final norm and head: a load may be followed, extent by extent (extent
         i + 1 of the image layout is what the part announced by i reads; a tied head reads extent 0
-        again). Never waits for the device.
+        again). Never waits for the device. lora: the step's tokens that use adapters.
         """
         announce = before_layer or _ignore
         announce(-1)
@@ -171,10 +174,10 @@ class Decoder:
         for i, layer in enumerate(self._layers):
             announce(i)
             x_TH, residual_TH = self._norm_after(delta_TH, residual_TH, layer.input_norm)
-            x_TH = self._attend(i, layer, x_TH, ropes[layer.rope], attention, kv)
+            x_TH = self._attend(i, layer, x_TH, ropes[layer.rope], attention, kv, lora)
             x_TH = self._norm_branch(x_TH, layer.attention_out_norm)
             x_TH, residual_TH = self._norm_after(x_TH, residual_TH, layer.post_norm)
-            x_TH = self._mlp(layer, x_TH)
+            x_TH = self._mlp(i, layer, x_TH, lora)
             delta_TH = self._norm_branch(x_TH, layer.mlp_out_norm)
         announce(self.arch.num_layers)
         assert delta_TH is not None
@@ -216,17 +219,19 @@ class Decoder:
         rope: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionBackend,
         kv: KvView,
+        lora: LoraBatch | None,
     ) -> torch.Tensor:
         arch = self.arch
         tokens, group = x_TH.shape[0], arch.group_size
-        heads = layer.qkv(x_TH).view(tokens, arch.num_kv_heads, group + 2, arch.head_dim)
+        heads = _product(layer.qkv, x_TH, lora, index, "qkv")
+        heads = heads.view(tokens, arch.num_kv_heads, group + 2, arch.head_dim)
         if isinstance(attention, HeadsBackend):
             out_TQD = attention.run_heads(index, heads, rope, layer.norms, kv, layer.attention)
         else:
             q_TQD, k_TGD = self._rotate(heads, rope, layer.norms)
             v_TGD = heads[:, :, group + 1]
             out_TQD = attention.run(index, q_TQD, k_TGD, v_TGD, kv, layer.attention)
-        return layer.o(out_TQD.view(tokens, -1))
+        return _product(layer.o, out_TQD.view(tokens, -1), lora, index, "o")
 
     def _rotate(
         self,
@@ -256,9 +261,21 @@ class Decoder:
         normed = self.ops.rms_norm(flat, weight_D, self.arch.norm_eps, self.arch.norm_offset)
         return normed.view(heads.shape)
 
-    def _mlp(self, layer: _Layer, x_TH: torch.Tensor) -> torch.Tensor:
-        blocks = layer.gate_up(x_TH).view(x_TH.shape[0], self._blocks, 2, -1)
-        return layer.down(self.ops.act_mul(blocks, self.arch.activation))
+    def _mlp(
+        self, index: int, layer: _Layer, x_TH: torch.Tensor, lora: LoraBatch | None
+    ) -> torch.Tensor:
+        fused = _product(layer.gate_up, x_TH, lora, index, "gate_up")
+        blocks = fused.view(x_TH.shape[0], self._blocks, 2, -1)
+        x_TI = self.ops.act_mul(blocks, self.arch.activation)
+        return _product(layer.down, x_TI, lora, index, "down")
+
+
+def _product(
+    linear: Linear, x_TI: torch.Tensor, lora: LoraBatch | None, layer: int, part: str
+) -> torch.Tensor:
+    """x through one of the fused products, and through the adapters beside it."""
+    y_TO = linear(x_TI)
+    return y_TO if lora is None else lora.add(y_TO, x_TI, layer, part)
 
 
 def _layer_views(views: dict[str, torch.Tensor], arch: Architecture, index: int) -> _Layer:

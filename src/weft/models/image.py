@@ -36,6 +36,7 @@ __all__ = [
     "LayoutExtent",
     "TensorEntry",
     "build_image",
+    "convert",
     "expected_tensors",
     "image_key",
     "image_layout",
@@ -219,7 +220,7 @@ def _copy(checkpoint: Checkpoint, dtype: str, piece: _Piece) -> int:
         _copy_tiles(checkpoint.rows(name, first, count).T, source_dtype, dest, dtype)
     else:
         rows = checkpoint.rows(name, first, count)
-        dest[...] = _convert(rows.reshape(dest.shape), source_dtype, dtype)
+        dest[...] = convert(rows.reshape(dest.shape), source_dtype, dtype)
     return dest.nbytes
 
 
@@ -228,10 +229,10 @@ def _copy_tiles(source: np.ndarray, source_dtype: str, dest: np.ndarray, dtype: 
     for row in range(0, rows, height):
         for column in range(0, columns, width):
             tile = (slice(row, row + height), slice(column, column + width))
-            dest[tile] = _convert(source[tile], source_dtype, dtype)
+            dest[tile] = convert(source[tile], source_dtype, dtype)
 
 
-def _convert(source: np.ndarray, source_dtype: str, dest_dtype: str) -> np.ndarray:
+def convert(source: np.ndarray, source_dtype: str, dest_dtype: str) -> np.ndarray:
     """Widening is exact; narrowing rounds to nearest even, by way of float32 (as torch does)."""
     if source_dtype == dest_dtype:
         return source

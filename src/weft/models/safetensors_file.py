@@ -203,6 +203,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, shards, tensors)
 
 
+def open_tensors(file: Path) -> Checkpoint:
+    """Open one safetensors file by itself (an adapter's). Raises WeftError naming the file."""
+    file = Path(file)
+    shard = _open_shard(file, 0, MAX_HEADER_BYTES)
+    return Checkpoint(file, [shard], shard.tensors)
+
+
 def _read_index(path: Path) -> dict[str, str] | None:
     """weight_map of a sharded checkpoint, None for a single file."""
     index = path / INDEX

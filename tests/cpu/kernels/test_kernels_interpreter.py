@@ -13,7 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["attention", "elementwise", "backend", "sampling"])
+@pytest.mark.parametrize("name", ["attention", "elementwise", "backend", "sampling", "lora"])
 def test_interpreted(name: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run(
