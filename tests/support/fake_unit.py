@@ -30,7 +30,7 @@ from weft.core.actions import (
 )
 from weft.core.events import Assign, Cancel, CopyDone, ReportStatus, StepDone, Submit, UnitEvent
 from weft.core.ids import ActionId, ModelName, RequestId, SlotId
-from weft.core.model import Architecture, ModelSpec
+from weft.core.model import AdapterShape, Architecture, ModelSpec
 from weft.core.request import Extent, ParkedKv, Request
 from weft.core.unit import UnitSpec, UnitStatus
 from weft.engine.base import ImageRef
@@ -235,7 +235,13 @@ class FakeExecutor:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.bound: list[ModelName] = []
 
-    def bind(self, model: ModelSpec, arch: Architecture, image: ImageRef) -> None:
+    def bind(
+        self,
+        model: ModelSpec,
+        arch: Architecture,
+        image: ImageRef,
+        adapter: AdapterShape | None = None,
+    ) -> None:
         self.bound.append(model.name)
 
     def unbind(self, model: ModelName) -> None:

@@ -169,9 +169,11 @@ class PoolHub:
         """See `weft.hub.base.Hub.open`."""
         self._last_id += 1
         now_ns = self._clock()
+        model, adapter = self._models.resolve(new.model)
         request = Request(
             id=RequestId(self._last_id),
-            model=self._models.below(new.model),
+            model=model,
+            adapter=adapter,
             prompt=new.prompt,
             max_tokens=new.max_tokens,
             min_tokens=new.min_tokens,

@@ -55,6 +55,13 @@ class Models:
         name = self.find(asked)
         return self._below[name] if name is not None else ModelName(asked)
 
+    def resolve(self, asked: str) -> tuple[ModelName, ModelName | None]:
+        """Model and adapter that a name in a request means, as they are called below."""
+        below = self.below(asked)
+        bind = self.binds.get(below)
+        base = bind.model.base if bind is not None else None
+        return (below, None) if base is None else (base, below)
+
     def above(self, below: ModelName) -> str | None:
         """The public name under which it is served now; None for what was removed."""
         return next((name for name, known in self._below.items() if known == below), None)

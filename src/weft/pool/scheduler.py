@@ -182,12 +182,13 @@ class PoolScheduler:
 
     def _refusal(self, request: Request) -> ReplyError | None:
         """Why the request cannot be admitted, or None."""
-        name = request.model
-        if name in self._failed:
-            return ReplyError(code=MODEL_FAILED, message=self._failed[name])
-        if name not in self._models or name in self._retiring:
-            return ReplyError(code=MODEL_NOT_FOUND, message=f"the model {name!r} does not exist")
-        if (error := _shape_error(request, self._models[name])) is not None:
+        for name in _needed(request):
+            if name in self._failed:
+                return ReplyError(code=MODEL_FAILED, message=self._failed[name])
+            if name not in self._models or name in self._retiring:
+                message = f"the model {name!r} does not exist"
+                return ReplyError(code=MODEL_NOT_FOUND, message=message)
+        if (error := _shape_error(request, self._models[request.model])) is not None:
             return error
         if self.draining:
             return ReplyError(code=DRAINING, message="the server is shutting down")
@@ -287,7 +288,7 @@ class PoolScheduler:
         """Removed models leave the units after their last request, and are gone when no unit that
         had them reads their image any more."""
         for model in list(self._retiring):
-            if any(model in (r.request.model, r.request.adapter) for r in self.journal):
+            if any(model in _needed(record.request) for record in self.journal):
                 continue
             for unit in self._units_with(model):
                 self._unassign(unit, model)
@@ -376,9 +377,9 @@ class PoolScheduler:
 
     def _place_held(self) -> None:
         for record in sorted(self._held.values(), key=lambda r: r.id):
-            model = record.request.model
-            if model in self._failed:
-                self._fail(record, MODEL_FAILED, self._failed[model])
+            broken = next((m for m in _needed(record.request) if m in self._failed), None)
+            if broken is not None:
+                self._fail(record, MODEL_FAILED, self._failed[broken])
             elif record.emitted and len(record.emitted) >= record.request.max_tokens:
                 self._finish(record, finish="length")  # its last token came, its end did not
             elif (unit := self._unit_for(record)) is not None:
@@ -397,7 +398,8 @@ class PoolScheduler:
 
     def _unit_for(self, record: Record) -> Unit | None:
         model = record.request.model
-        takers = [u for u in self.units.values() if u.up and model in u.assigned]
+        needed = set(_needed(record.request))
+        takers = [u for u in self.units.values() if u.up and needed <= u.assigned.keys()]
         if record.parked_unit is not None:
             takers = [u for u in takers if u.id == record.parked_unit]
         if takers and self._on_probation(record):
@@ -451,6 +453,11 @@ class PoolScheduler:
         if wake_ns is not None and (self._wake_ns is None or wake_ns < self._wake_ns):
             self._wake_ns = wake_ns
             self._out.append(WakeAt(at_ns=wake_ns))
+
+
+def _needed(request: Request) -> tuple[ModelName, ...]:
+    """What must be served, and assigned to a unit that runs it: the model, and its adapter."""
+    return (request.model,) if request.adapter is None else (request.model, request.adapter)
 
 
 def _reply(emit: Emit) -> Reply:

@@ -8,7 +8,7 @@ import msgspec
 from weft.core.actions import UnitNotice
 from weft.core.events import UnitEvent
 from weft.core.ids import ModelName, RequestId
-from weft.core.model import Architecture, ModelSpec
+from weft.core.model import AdapterShape, Architecture, ModelSpec
 from weft.core.unit import UnitSpec
 from weft.engine.base import ImageRef
 
@@ -49,7 +49,10 @@ class BindModel(msgspec.Struct, frozen=True, kw_only=True):
 
     model: ModelSpec
     arch: Architecture
+    """Of a LoRA adapter: its base's."""
     image: ImageRef
+    adapter: AdapterShape | None = None
+    """What a LoRA adapter touches; None for a model of its own."""
 
 
 class UnitEvents(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -196,7 +196,7 @@ class Worker:
             if bind.model.name in self._bound:
                 continue
             try:
-                self._executor.bind(bind.model, bind.arch, bind.image)
+                self._executor.bind(bind.model, bind.arch, bind.image, bind.adapter)
             except Exception as error:
                 # No room for its tables, say: a fault of one model. The scheduler refuses its
                 # requests, and the others are served.

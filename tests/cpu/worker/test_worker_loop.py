@@ -39,7 +39,7 @@ from weft.core.events import (
     Woke,
 )
 from weft.core.ids import ActionId, GranuleId, ModelName, RequestId, SlotId
-from weft.core.model import Architecture, ModelSpec
+from weft.core.model import AdapterShape, Architecture, ModelSpec
 from weft.core.request import Extent, Sampling
 from weft.engine.base import ImageRef
 from weft.transport.channel import ChannelClosed, FrameReader, WorkerChannel, encode_frame
@@ -128,7 +128,13 @@ class World:
 
     # the executor (check_integrity serves both)
 
-    def bind(self, model: ModelSpec, arch: Architecture, image: ImageRef) -> None:
+    def bind(
+        self,
+        model: ModelSpec,
+        arch: Architecture,
+        image: ImageRef,
+        adapter: AdapterShape | None = None,
+    ) -> None:
         self.hear()
         if self.unbindable:
             raise RuntimeError("no memory for its tables")
