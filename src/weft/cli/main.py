@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from weft.cli import key
 from weft.core.errors import WeftError
 
 DEFAULT_URL = "http://127.0.0.1:8321"
@@ -40,6 +41,8 @@ app = typer.Typer(
     "  weft serve pool.yaml\n"
     "  weft ps --watch",
 )
+
+app.add_typer(key.app, name="key")
 
 Url = Annotated[str, typer.Option(help="The server.", envvar="WEFT_URL")]
 

@@ -46,7 +46,7 @@ def run(
     config, base_dir = build_config(paths, overrides)
     from weft.server.binding import check_bind
 
-    check_bind(config.server.host, insecure=insecure)
+    check_bind(config.server.host, insecure=insecure, has_keys=bool(config.server.keys))
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
@@ -66,9 +66,10 @@ def ready_text(config: PoolConfig, url: str) -> str:
     name = config.models[0].name
     count = len(config.models)
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
+    key = ' -H "Authorization: Bearer $WEFT_API_KEY"' if config.server.keys else ""
     return (
         f"weft: {count} model{'s' if count > 1 else ''} at {url}/v1\n"
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+        f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
     )
 
 

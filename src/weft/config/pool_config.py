@@ -14,6 +14,8 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
+from weft.config.server_config import ServerConfig as ServerConfig
+from weft.config.server_config import check_server
 from weft.config.values import parse_bytes, with_durations
 from weft.core.errors import WeftError
 from weft.core.model import DType
@@ -57,21 +59,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     configuration file."""
     pooling: Pooling = "last"
     """How `/v1/embeddings` makes one vector of a text: the last token's state, or the mean."""
-
-
-class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    host: str = "127.0.0.1"
-    """The address to serve on."""
-    port: int = 8321
-    """The port to serve on; 0 takes a free one."""
-    hold_s: float = 120.0
-    """How long a request may wait to begin before it gets 503."""
-    max_queue: int = 1024
-    """Unfinished requests in the pool before new ones get 429."""
-    max_body_bytes: int = 8 << 20
-    """A request's body may not be larger."""
-    keepalive_s: float = 10.0
-    """A silent stream gets an SSE comment this often."""
 
 
 class SloConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -171,6 +158,7 @@ def _check(config: PoolConfig, source: str) -> None:
     if not 1 <= len(config.models) <= MAX_MODELS:
         raise WeftError(f"{source}: `$.models` needs 1 to {MAX_MODELS} entries")
     _check_names(config, source)
+    check_server(config.server, source)
     for path, value, low, high in _bounds(config):
         if value is not None and not low <= value <= high:
             raise WeftError(f"{source}: `$.{path}` is {value}; it must lie in {low} .. {high}")
@@ -211,7 +199,7 @@ def _check_names(config: PoolConfig, source: str) -> None:
 
 def _bounds(config: PoolConfig) -> Iterator[tuple[str, float | None, float, float]]:
     """(key, value, least, largest)."""
-    engine, server = config.engine, config.server
+    engine = config.engine
     for i, model in enumerate(config.models):
         yield from _model_bounds(i, model)
     yield from _default_bounds("defaults", config.defaults)
@@ -219,16 +207,11 @@ def _bounds(config: PoolConfig) -> Iterator[tuple[str, float | None, float, floa
         ("keep_alive_s", config.keep_alive_s, -1, 1e9),
         ("admin.port", config.admin.port, 0, 65535),
         ("engine.cpu_threads", engine.cpu_threads, 1, 1024),
-        ("server.max_body_bytes", server.max_body_bytes, 1024, 1 << 30),
         ("turn_s", config.turn_s, 0.001, 3600),
         ("engine.depth", engine.depth, 1, 2),
         ("engine.max_rows", engine.max_rows, 1, 1024),
         ("engine.max_step_tokens", engine.max_step_tokens, 16, 65536),
         ("engine.max_repeat", engine.max_repeat, 1, 256),
-        ("server.port", server.port, 0, 65535),
-        ("server.hold_s", server.hold_s, 0.1, 86400),
-        ("server.max_queue", server.max_queue, 1, 1_000_000),
-        ("server.keepalive_s", server.keepalive_s, 0.1, 3600),
         ("slo.ttft_s", config.slo.ttft_s, 0.001, 86400),
         ("slo.tbt_s", config.slo.tbt_s, 0.0001, 3600),
     )

@@ -10,6 +10,7 @@ MODEL_NOT_FOUND = "model_not_found"
 MODEL_FAILED = "model_failed"
 REQUEST_FAILED = "request_failed"
 DRAINING = "draining"
+RATE_LIMIT = "rate_limit_exceeded"
 
 HTTP_STATUS: dict[str, int] = {
     QUEUE_FULL: 429,
@@ -20,6 +21,7 @@ HTTP_STATUS: dict[str, int] = {
     MODEL_FAILED: 503,
     REQUEST_FAILED: 500,
     DRAINING: 503,
+    RATE_LIMIT: 429,
 }
 
 RETRY_AFTER_S: dict[str, int] = {QUEUE_FULL: 1, HOLD_DEADLINE: 5, MODEL_FAILED: 30, DRAINING: 5}
@@ -34,6 +36,8 @@ class ReplyError(msgspec.Struct, frozen=True, kw_only=True):
 
     code: str
     message: str
+    wait_s: int | None = None
+    """When to come back, where it can be computed; else what is usual for the code."""
 
     @property
     def status(self) -> int:
@@ -41,7 +45,7 @@ class ReplyError(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def retry_after_s(self) -> int | None:
-        return RETRY_AFTER_S.get(self.code)
+        return RETRY_AFTER_S.get(self.code) if self.wait_s is None else self.wait_s
 
 
 def parse_error(text: str | None) -> ReplyError:

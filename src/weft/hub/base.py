@@ -2,7 +2,7 @@
 over messages."""
 
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -93,6 +93,16 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     """Every servable model has its image in the host store and a unit is up."""
     waiting: int
     since_progress_s: float
+
+
+@runtime_checkable
+class Unfetched(Protocol):
+    """What the iterator of `Hub.open` also is, where answers are made ahead of their readers."""
+
+    @property
+    def unfetched(self) -> int:
+        """Tokens that were made and not yet fetched."""
+        ...
 
 
 class Hub(Protocol):

@@ -91,6 +91,10 @@ class _Stream(AsyncIterator[Chunk]):
         self._came = asyncio.Event()
         self._ended = False
 
+    @property
+    def unfetched(self) -> int:
+        return len(self._tokens)
+
     def put(self, chunk: Chunk) -> None:
         self._tokens.extend(chunk.tokens)
         self._logprobs.extend(chunk.logprobs)

@@ -95,7 +95,7 @@ class _Pool:
         hub = PoolHub(scheduler, agent, hold_s=server.hold_s)
         agent.connect(hub)
         _add_models(hub, plan)
-        app = create_app(hub, self._config)
+        app = create_app(hub, self._config, base_dir=self._base_dir)
         hub.add_unit(0)
         building = asyncio.create_task(self._build_images(plan, host, hub))
         stop = asyncio.Event()

@@ -4,18 +4,23 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import weft
 from weft.config.pool_config import PoolConfig
 from weft.hub.base import Hub
 from weft.server.answer import Gate
+from weft.server.door import Door
+from weft.server.door_hub import DoorHub
 from weft.server.errors import ApiError, bad_request
+from weft.server.keys import KeyRing
 from weft.server.metrics import Metrics
 from weft.server.middleware import RequestIdMiddleware
 from weft.server.routes import ERROR_SCHEMA, Frontend, openai_routes, operator_routes
@@ -37,14 +42,23 @@ class _App(FastAPI):
         return self.openapi_schema
 
 
-def create_app(hub: Hub, config: PoolConfig, *, texts: TextService | None = None) -> FastAPI:
-    """An application that serves `hub`. `app.state.gate` is its `Gate`, for `serve`.
+def create_app(
+    hub: Hub,
+    config: PoolConfig,
+    *,
+    base_dir: Path = Path(),
+    texts: TextService | None = None,
+) -> FastAPI:
+    """An application that serves `hub`. `app.state.gate` is its `Gate`, for `serve`;
+    `app.state.keys` its `KeyRing`, which may be exchanged. `base_dir`: where relative paths of the
+    keys' files start. Raises WeftError for keys that cannot be read.
 
     Tokenizers are read in the background once the application starts, or at first use.
     """
+    keys = KeyRing.load(config.server.keys, base_dir)
     own_texts = texts or TextService()
     gate = Gate()
-    front = Frontend(hub, config.server, own_texts, Metrics(hub), gate)
+    front = Frontend(DoorHub(hub), config.server, own_texts, Metrics(hub), gate)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -64,11 +78,22 @@ def create_app(hub: Hub, config: PoolConfig, *, texts: TextService | None = None
         redirect_slashes=False,
     )
     app.state.gate = gate
+    app.state.keys = keys
     app.include_router(openai_routes(front))
     app.include_router(operator_routes(front))
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
+    # The one added last is the outermost.
+    app.add_middleware(Door, server=config.server, keys=lambda: app.state.keys)
+    if config.server.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.server.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.add_middleware(RequestIdMiddleware)
     return app
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from weft.core.errors import ReplyError
+from weft.core.errors import RATE_LIMIT, ReplyError
 
 _TYPES: dict[int, str] = {
     401: "authentication_error",
@@ -63,6 +63,23 @@ def from_reply(error: ReplyError) -> ApiError:
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
+
+
+def unauthorized(message: str, *, error: str | None = None) -> ApiError:
+    """401 with the challenge that RFC 6750 asks for."""
+    challenge = 'Bearer realm="weft"' + (f', error="{error}"' if error else "")
+    headers = {"WWW-Authenticate": challenge}
+    return ApiError(401, message, code="invalid_api_key", headers=headers)
+
+
+def forbidden(message: str, *, code: str) -> ApiError:
+    return ApiError(403, message, code=code)
+
+
+def rate_limited(what: str, wait_s: int) -> ApiError:
+    """429: the key has used up `what`."""
+    message = f"this API key has used up its {what}; come back in {wait_s} s"
+    return ApiError(429, message, code=RATE_LIMIT, retry_after_s=wait_s)
 
 
 def internal_error() -> ApiError:

@@ -15,7 +15,7 @@ from weft.config.pool_config import ServerConfig
 from weft.hub.base import Hub, ModelCard
 from weft.server.answer import Answer, Gate
 from weft.server.body import decode_json, parse, read_body
-from weft.server.errors import ApiError
+from weft.server.errors import CLIENT_CLOSED, ApiError
 from weft.server.metrics import UNKNOWN_MODEL, Metrics
 from weft.server.plan import Asker, Plan, find_model, plan_chat, plan_completion
 from weft.server.schemas import ChatRequest, CompletionRequest
@@ -51,8 +51,9 @@ class Frontend:
             checked = parse(schema, data)
             self.gate.check()
             planned = await plan(self.asker(request), checked)
-        except ApiError:
-            self.metrics.requests.labels(self._label(data), "refused").inc()
+        except ApiError as error:
+            outcome = "cancelled" if error.status == CLIENT_CLOSED else "refused"
+            self.metrics.requests.labels(self._label(data), outcome).inc()
             raise
         return Answer(
             self.hub,
@@ -119,7 +120,7 @@ def openai_routes(front: Frontend) -> APIRouter:
 
     @router.get("/models")
     async def list_models() -> JSONResponse:
-        entries = [_model_entry(card) for card in front.hub.models()]
+        entries = [_model_entry(card) for card in front.hub.models() if card.failed is None]
         return JSONResponse({"object": "list", "data": entries})
 
     @router.get("/models/{name:path}")
@@ -143,9 +144,12 @@ def operator_routes(front: Frontend) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
-    async def health() -> JSONResponse:
+    async def health(request: Request) -> JSONResponse:
         state = front.hub.health()
-        return JSONResponse(msgspec.to_builtins(state), 200 if state.healthy else 503)
+        numbers = msgspec.to_builtins(state)
+        if len(request.app.state.keys) and request.state.visit.key is None:
+            numbers = {"healthy": state.healthy}
+        return JSONResponse(numbers, 200 if state.healthy else 503)
 
     @router.get("/ready")
     async def ready() -> JSONResponse:

@@ -75,7 +75,7 @@ async def serve(
 ) -> None:
     """Serves until `stop` is set or, in the main thread, SIGTERM or SIGINT comes. `on_ready` gets
     the URL once connections are taken. Raises WeftError when the address cannot be served."""
-    check_bind(host, insecure=insecure)
+    check_bind(host, insecure=insecure, has_keys=len(app.state.keys) > 0)
     sock = listen(host, port)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # our own lines say when it starts
     config = uvicorn.Config(
