@@ -44,7 +44,9 @@ class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
+    """The address to serve on."""
     port: int = 8321
+    """The port to serve on; 0 takes a free one."""
     hold_s: float = 120.0
     """How long a request may wait to begin before it gets 503."""
     max_queue: int = 1024
@@ -53,6 +55,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Unfinished requests of one model before its new ones get 429. Default: three quarters of
     `max_queue` where there are several models."""
     max_body_bytes: int = 8 << 20
+    """A request's body may not be larger."""
     keepalive_s: float = 10.0
     """A silent stream gets an SSE comment this often."""
     max_connections: int = 4096

@@ -343,7 +343,7 @@ def test_a_slow_reader_leaves_the_rest_in_the_hub(folder: Path) -> None:
             reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 12)
             body = json.dumps(chat(stream=True)).encode()
             head = (
-                "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
                 f"X-Request-Id: {'long' * 32}\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             )
