@@ -271,8 +271,7 @@ class Stepper:
                 self._book.finish(state, "error", error=error)
                 continue
             if row.targets and state.scores_prompt:
-                known = len(state.prompt_logprobs) - row.start
-                state.prompt_logprobs += event.prompt_logprobs[index][known:]
+                state.prompt_logprobs[row.start :] = event.prompt_logprobs[index]
             if row.embed is not None and (part := event.embeddings[index]) is not None:
                 state.embedding.append(part)
 
