@@ -2,6 +2,7 @@
 plan log replayed bit for bit."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -127,6 +128,21 @@ def test_a_plan_log_replays_bitwise(models: dict[str, TinyModel], depth: int) ->
     assert replayer.mismatches() == []
     assert first_difference(wanted.kept, log.kept) is None
     assert sum(replayer.counts.values()) > 5, "it was disturbed"
+
+
+def test_graphs_are_the_same_bits_as_launches(models: dict[str, TinyModel]) -> None:
+    """And several kinds of steps were captured, and replayed more than once."""
+    logs = []
+    unit = unit_of(models, num_slots=12, parked_bytes=64 << 20, kv_tokens=8192, depth=2)
+    for graphs in (True, False):
+        log = LogitsLog()
+        with Engine(models, unit, make=partial(make, graphs=graphs), logits_tap=log) as engine:
+            steps = scripted_record(engine, seed=3, requests=5, max_output=24)
+            kinds = engine.executor.graph_kinds()
+        assert (kinds > 2) == graphs
+        logs.append((steps, log.kept))
+    assert [s.plan for s in logs[0][0]] == [s.plan for s in logs[1][0]]
+    assert first_difference(logs[0][1], logs[1][1]) is None
 
 
 def test_the_scheduler_switches_models(models: dict[str, TinyModel]) -> None:

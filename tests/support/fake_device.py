@@ -123,6 +123,9 @@ class FakeDevice:
     def attention(self) -> AttentionBackend:
         return ReferenceAttention()
 
+    def graphs(self, unit: UnitSpec, *, enabled: bool) -> None:
+        return None
+
     def ops(self) -> Ops:
         return TorchOps()
 

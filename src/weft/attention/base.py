@@ -146,6 +146,10 @@ class HeadsBackend(AttentionBackend, Protocol):
         """
         ...
 
+    def scratch(self) -> list[torch.Tensor]:
+        """What `run` writes besides its result and the pool: a graph of it keeps these alive."""
+        ...
+
 
 def token_places(batch: ForwardBatch, page_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 page [T] and offset in the page [T] of each of the step's tokens. For `plan`."""

@@ -170,6 +170,10 @@ class TritonAttention:
             chunk_attention(q_TQD, pages, batch.page_table, chunks, out_TQD, **how)
         return out_TQD
 
+    def scratch(self) -> list[torch.Tensor]:
+        """What `run` writes besides its result: a graph of it must keep these alive."""
+        return [one for one in (self._partial, self._partial_lse) if one is not None]
+
     def _reserve(self, pieces: int, head_dim: int, device: torch.device) -> None:
         """Scratch for partial results, kept between steps (its address is stable then)."""
         if self._partial is None or self._partial.numel() < pieces * head_dim:

@@ -3,17 +3,21 @@ CUDA; the executor's logic is tested on the CPU against a stand-in with the same
 
 import threading
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 from weft.attention.base import AttentionBackend
 from weft.core.unit import UnitSpec
+from weft.engine.graphs import DecodeGraphs
 from weft.engine.runner import Sampler
 from weft.engine.sampler import SamplingBatch, sample
 from weft.memory.base import Arena
 from weft.models.lora import LoraOps
 from weft.models.ops import Ops
+
+if TYPE_CHECKING:
+    from weft.attention.triton import TritonAttention
 
 
 class Mark(Protocol):
@@ -59,6 +63,10 @@ class Device(Protocol):
     def arena(self, unit: UnitSpec) -> Arena: ...
 
     def attention(self) -> AttentionBackend: ...
+
+    def graphs(self, unit: UnitSpec, *, enabled: bool) -> DecodeGraphs | None:
+        """For one lane. Not enabled: the same steps, launch by launch. None: nothing like it."""
+        ...
 
     def ops(self) -> Ops: ...
 
@@ -151,7 +159,13 @@ class CudaDevice:
 
         return CudaArena(unit.granule_bytes, unit.num_granules, device=self._device)
 
+    def graphs(self, unit: UnitSpec, *, enabled: bool) -> DecodeGraphs | None:
+        return DecodeGraphs(unit, self._device, self._triton(), enabled=enabled)
+
     def attention(self) -> AttentionBackend:
+        return self._triton()
+
+    def _triton(self) -> "TritonAttention":
         from weft.attention.triton import TritonAttention
 
         properties = torch.cuda.get_device_properties(self._device)

@@ -64,7 +64,8 @@ class CudaExecutor:
     threads: torch's threads on the CPU, for what little runs there; None leaves torch's default.
     verify: checksums of parked pages and weight images (promise 1), computed on the device. For
     tests, like fault (called before an action is executed, may raise) and logits_tap (see Runner).
-    device: a stand-in for tests; default the current CUDA device.
+    device: a stand-in for tests; default the current CUDA device. graphs: replay decode steps as
+    CUDA graphs.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class CudaExecutor:
         fault: Callable[[UnitAction], None] | None = None,
         logits_tap: LogitsTap | None = None,
         device: Device | None = None,
+        graphs: bool = True,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -99,7 +101,7 @@ class CudaExecutor:
             "device": CopyChannel(self._device.stream()),
             "host": CopyChannel(self._device.stream()),
         }
-        self._lanes = self._make_lanes(logits_tap)
+        self._lanes = self._make_lanes(logits_tap, graphs)
         self._book = ActionBook(self._dispatch, unit.lanes)
         self._steps = Steps(
             self._book,
@@ -163,7 +165,10 @@ class CudaExecutor:
             lane.stream.wait(made)
 
     def unbind(self, model: ModelName) -> None:
+        bound = self._models[model]
         self._models.unbind(model, self._book)
+        for lane in self._lanes:
+            lane.runner.forget(bound)
 
     def submit(self, action: UnitAction) -> None:
         """Launches at once what is free to run: some milliseconds for a step."""
@@ -197,6 +202,10 @@ class CudaExecutor:
     def registered_bytes(self) -> int:
         """Bytes of the host store that copies can reach without waiting."""
         return self._registry.registered_bytes()
+
+    def graph_kinds(self) -> int:
+        """Kinds of decode steps that replay a graph."""
+        return sum(lane.runner.graph_kinds for lane in self._lanes)
 
     def close(self) -> None:
         """Let what is on the device finish, fail the rest, give everything back. Idempotent."""
@@ -232,7 +241,7 @@ class CudaExecutor:
 
     # -- threads --------------------------------------------------------------------------------
 
-    def _make_lanes(self, logits_tap: LogitsTap | None) -> list[Lane]:
+    def _make_lanes(self, logits_tap: LogitsTap | None, graphs: bool) -> list[Lane]:
         streams = [self._device.stream() for _ in range(self.unit.lanes)]
         with streams[0].use():
             last_token = torch.zeros(
@@ -247,6 +256,7 @@ class CudaExecutor:
                     sampler=self._device.sampler(),
                     adapters=StepAdapters(self._models.adapters, self._device.lora()),
                     logits_tap=logits_tap,
+                    graphs=self._device.graphs(self.unit, enabled=graphs),
                 )
                 for _ in streams
             ]

@@ -28,6 +28,7 @@ from weft.engine.adjust import (
     bias_arrays,
     penalty_arrays,
 )
+from weft.engine.graphs import DecodeGraphs, bucket_of, fill_up
 from weft.engine.logprobs import score
 from weft.engine.model import BoundModel
 from weft.engine.plan_check import check_plan
@@ -36,6 +37,7 @@ from weft.engine.sampler import SamplingBatch, sample
 from weft.engine.staging import Buffers, page_entries, stage_rows, stop_table
 from weft.engine.step import Step
 from weft.grammar.matchers import Matchers, Vocabulary
+from weft.models.decoder import LayerStates
 
 LogitsTap = Callable[[StepPlan, int, torch.Tensor], None]
 """(plan, iteration, clone of logits [S, V]): for tests that compare bits."""
@@ -58,9 +60,11 @@ class Runner:
         sampler: Sampler = sample,
         adapters: StepAdapters | None = None,
         logits_tap: LogitsTap | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         """last_token: int64 [N] on the device, shared by the lanes of a unit. sampler: see
-        `engine.sampler.sample`, whose meaning it must have. adapters: default none."""
+        `engine.sampler.sample`, whose meaning it must have. adapters: default none. graphs: where
+        decode steps run."""
         self._unit = unit
         self._device = device
         self._attention = attention
@@ -68,6 +72,7 @@ class Runner:
         self._sampler = sampler
         self._adapters = adapters or StepAdapters()
         self._tap = logits_tap
+        self._graphs = graphs
         self._matchers = Matchers()
         # depth steps in flight and the one being prepared.
         self._ring = [Buffers(unit, device) for _ in range(unit.depth + 1)]
@@ -90,6 +95,10 @@ class Runner:
         step = Step(plan, model, buffers)
         try:
             stage_rows(plan, buffers)
+            if self._graphs is not None:
+                step.bucket = bucket_of(plan, self._unit.max_rows)
+                if step.bucket is not None:
+                    fill_up(buffers, len(plan.rows), step.bucket)
             buffers.upload()
             self._stage_early(step)
         except BaseException:
@@ -102,7 +111,6 @@ class Runner:
         """Launch the next iteration: forward, draw, remember the tokens on the device, and copy
         them to the host (`step.tokens(i)` once the copy has arrived)."""
         iteration, plan, buffers = step.launched, step.plan, step.buffers
-        rows = len(plan.rows)
         if iteration:
             self._advance(step, buffers)
         else:
@@ -112,19 +120,39 @@ class Runner:
                 buffers.view("token_ids", sum(step.row_tokens)).index_copy_(
                     0, buffers.view("gather_tokens", gathered), self._last_token[slots]
                 )
-        batch = self._batch(step, buffers, rows)
-        model = step.model
-        self._attention.plan(batch, model.kv)
-        states = model.decoder.run_layers(batch, self._attention, model.kv, before_layer, step.lora)
-        final_SH = model.decoder.final_states(states, batch.sample_tokens)
-        logits_SV = model.decoder.logits(final_SH)
+        states: LayerStates | None = None
+        if self._graphs is not None and step.bucket is not None:
+            logits_SV = self._graphs.forward(step, before_layer)
+        else:
+            states, logits_SV = self._forward(step, before_layer)
         if self._tap is not None:
             self._tap(plan, iteration, logits_SV.clone())
         if step.sampling is not None:
             self._draw(step, step.sampling, logits_SV)
         if step.prompt_parts is not None:
+            assert states is not None, "a step that is filled up has no prompt"
             report_prompts(step, states)
         step.launched += 1
+
+    def _forward(
+        self, step: Step, before_layer: Callable[[int], None] | None
+    ) -> tuple[LayerStates, torch.Tensor]:
+        """What the layers left at every token, and logits [S, V]."""
+        model, decoder = step.model, step.model.decoder
+        batch = self._batch(step, step.buffers, len(step.plan.rows))
+        self._attention.plan(batch, model.kv)
+        states = decoder.run_layers(batch, self._attention, model.kv, before_layer, step.lora)
+        return states, decoder.logits(decoder.final_states(states, batch.sample_tokens))
+
+    @property
+    def graph_kinds(self) -> int:
+        """Kinds of decode steps that replay a graph."""
+        return 0 if self._graphs is None else self._graphs.count
+
+    def forget(self, model: BoundModel) -> None:
+        """It is about to be unbound; no step of it is in flight."""
+        if self._graphs is not None:
+            self._graphs.forget(model)
 
     def _advance(self, step: Step, buffers: Buffers) -> None:
         """A repeated step holds decode rows only: one token a row, in row order."""

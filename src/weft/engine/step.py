@@ -28,6 +28,8 @@ class Step:
         self.sampling_rows = [j for j, row in enumerate(plan.rows) if row.sample is not None]
         self.row_starts = tuple(row.start for row in plan.rows)
         self.row_tokens = tuple(row.num_tokens for row in plan.rows)
+        self.bucket: int | None = None
+        """Rows that the step was filled up to; None: it was not."""
         self.sampling: SamplingBatch | None = None
         self.bias: Bias | None = None
         self.lora: LoraBatch | None = None

@@ -140,10 +140,13 @@ class Decoder:
         kv: KvView,
         before_layer: Callable[[int], None] | None = None,
         lora: LoraBatch | None = None,
+        *,
+        logits_out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits [S, V] of `batch.sample_tokens`, in the model's dtype. See `run_layers`."""
+        """Logits [S, V] of `batch.sample_tokens`, in the model's dtype; a view of `logits_out`
+        [S, logits_width] if that is given. See `run_layers`."""
         states = self.run_layers(batch, attention, kv, before_layer, lora)
-        return self.logits(self.final_states(states, batch.sample_tokens))
+        return self.logits(self.final_states(states, batch.sample_tokens), logits_out)
 
     @torch.inference_mode()
     def run_layers(
@@ -191,11 +194,18 @@ class Decoder:
         return self._norm_after(delta_SH, residual_SH, self._norm)[0]
 
     @torch.inference_mode()
-    def logits(self, x_SH: torch.Tensor) -> torch.Tensor:
-        """[S, V] from `final_states`."""
-        logits_SV = torch.mm(x_SH, self._lm_head.t())[:, : self.arch.vocab_size]
+    def logits(self, x_SH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[S, V] from `final_states`; a view of `out` [S, logits_width] if that is given."""
+        logits_SV = torch.mm(x_SH, self._lm_head.t(), out=out)
         cap = self.arch.logit_cap
-        return logits_SV if cap is None else (logits_SV / cap).tanh() * cap
+        if cap is not None:
+            logits_SV.div_(cap).tanh_().mul_(cap)
+        return logits_SV[:, : self.arch.vocab_size]
+
+    @property
+    def logits_width(self) -> int:
+        """Columns of the LM head in the image: the vocabulary, filled up."""
+        return self._lm_head.shape[0]
 
     def _norm_after(
         self, delta_TH: torch.Tensor | None, residual_TH: torch.Tensor, weight_H: torch.Tensor
