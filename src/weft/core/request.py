@@ -15,6 +15,10 @@ Pooling = Literal["last", "mean"]
 
 MAX_LOGPROBS = 20
 """Most probable tokens that may be asked for at a position."""
+MAX_LOGIT_BIAS = 1024
+"""Entries of a logit_bias."""
+MAX_PENALTY = 100.0
+"""Bound on penalties and biases, up and down; 1 / this is the least repetition penalty."""
 MAX_PROMPT_LOGPROBS = 1_000_000
 """Log probabilities of one prompt: positions times (1 + the most probable ones)."""
 

@@ -30,10 +30,8 @@ import msgspec
 
 from weft.core.actions import Emit
 from weft.core.errors import (
-    CONTEXT_LENGTH,
     DRAINING,
     HOLD_DEADLINE,
-    INVALID_REQUEST,
     MODEL_FAILED,
     MODEL_NOT_FOUND,
     QUEUE_FULL,
@@ -62,6 +60,7 @@ from weft.pool.actions import (
     WarmAt,
 )
 from weft.pool.journal import Journal, Record
+from weft.pool.shape import shape_error
 from weft.pool.units import NS, Limits, Unit
 
 
@@ -188,7 +187,7 @@ class PoolScheduler:
             if name not in self._models or name in self._retiring:
                 message = f"the model {name!r} does not exist"
                 return ReplyError(code=MODEL_NOT_FOUND, message=message)
-        if (error := _shape_error(request, self._models[request.model])) is not None:
+        if (error := shape_error(request, self._models[request.model])) is not None:
             return error
         if self.draining:
             return ReplyError(code=DRAINING, message="the server is shutting down")
@@ -470,21 +469,3 @@ def _reply(emit: Emit) -> Reply:
         embedding=emit.embedding,
         cached_tokens=emit.cached_tokens,
     )
-
-
-def _shape_error(request: Request, spec: ModelSpec) -> ReplyError | None:
-    """Bounds that no unit could serve."""
-    length = len(request.prompt) + request.max_tokens
-    if not request.prompt or request.max_tokens < (not request.whole_prompt):
-        message = "a request needs a prompt and max_tokens of at least one token"
-    elif request.embed is not None and request.max_tokens:
-        message = "an embedding draws no tokens: max_tokens must be 0"
-    elif min(request.prompt) < 0 or max(request.prompt) >= spec.vocab_size:
-        message = f"prompt ids of {spec.name!r} lie in 0 .. {spec.vocab_size - 1}"
-    elif length > spec.max_context_tokens:
-        message = f"prompt and max_tokens are {length} tokens; {spec.name!r} takes "
-        message += f"{spec.max_context_tokens}"
-        return ReplyError(code=CONTEXT_LENGTH, message=message)
-    else:
-        return None
-    return ReplyError(code=INVALID_REQUEST, message=message)

@@ -12,7 +12,7 @@ from weft.core.actions import Emit, KvGone, KvParked, Status, WakeAt
 from weft.core.events import Assign, Cancel, Submit
 from weft.core.ids import ModelName, RequestId
 from weft.core.model import Architecture, RopeSpec
-from weft.core.request import Extent, ParkedKv
+from weft.core.request import Extent, ParkedKv, Sampling, TokenLogprobs
 from weft.core.unit import UnitSpec
 from weft.engine.base import ImageRef
 from weft.hub import hub as hub_module
@@ -142,6 +142,41 @@ def test_what_a_slow_client_left_comes_in_chunks_of_bounded_size() -> None:
             *(i % 8 for i in range(2 * MAX_TOKENS_A_CHUNK)),
             3,
         ]
+
+    play(scenario())
+
+
+def test_log_probabilities_stay_with_their_tokens_and_the_prompt_comes_once() -> None:
+    async def scenario() -> None:
+        desk = Desk()
+        request, chunks = desk.open(
+            sampling=Sampling(logprobs=0), prompt_logprobs=0, max_tokens=400
+        )
+        (submitted,) = [e for m in desk.notes.sent for e in m.events if isinstance(e, Submit)]
+        assert submitted.request.prompt_logprobs == 0
+        scores = [TokenLogprobs(i, -float(i)) for i in range(MAX_TOKENS_A_CHUNK + 9)]
+        prompt = (TokenLogprobs(2, -1.0),)
+        for i, one in enumerate(scores):
+            first = {"prompt_logprobs": prompt, "cached_tokens": 1} if i == 0 else {}
+            desk.emit(request, i, logprobs=(one,), **first)
+        desk.emit(request, finish="stop")
+        got = [chunk async for chunk in chunks]
+        assert [one for chunk in got for one in chunk.logprobs] == scores
+        assert all([x.token for x in c.logprobs] == list(c.tokens) for c in got)
+        assert [c.prompt_logprobs for c in got] == [prompt, ()]
+        assert [c.cached_tokens for c in got] == [1, None]
+
+    play(scenario())
+
+
+def test_an_embedding_is_one_chunk() -> None:
+    async def scenario() -> None:
+        desk = Desk()
+        request, chunks = desk.open(max_tokens=0, embed="mean")
+        (submitted,) = [e for m in desk.notes.sent for e in m.events if isinstance(e, Submit)]
+        assert submitted.request.embed == "mean"
+        desk.emit(request, embedding=(b"abcd", b"efgh"), finish="stop")
+        assert [c async for c in chunks] == [Chunk(embedding=(b"abcd", b"efgh"), finish="stop")]
 
     play(scenario())
 
