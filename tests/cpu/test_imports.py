@@ -37,7 +37,7 @@ DEVICE: dict[str, set[str]] = {
     "memory": BASE,
     "kernels": BASE,
     "attention": BASE | {"kernels"},
-    "models": BASE | {"attention"},
+    "models": BASE | {"attention", "kernels"},
     "engine": BASE | {"memory", "kernels", "attention", "models", "grammar"},
 }
 """Rooms of the device and the rooms each may import besides itself: none that starts processes,

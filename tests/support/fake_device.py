@@ -20,6 +20,7 @@ from weft.core.unit import UnitSpec
 from weft.engine.cuda_device import Mark
 from weft.engine.runner import Sampler
 from weft.engine.sampler import sample
+from weft.kernels.quant_weight import QuantMatmul, TorchQuantMatmul
 from weft.kernels.word_sum import word_sum
 from weft.memory.arena_cpu import CpuArena
 from weft.memory.base import Arena
@@ -131,6 +132,9 @@ class FakeDevice:
 
     def lora(self) -> LoraOps:
         return TorchLora()
+
+    def quant_matmul(self) -> QuantMatmul:
+        return TorchQuantMatmul()
 
     def sampler(self) -> Sampler:
         return sample

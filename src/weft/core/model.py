@@ -13,6 +13,9 @@ DType = Literal["bfloat16", "float16", "float32", "float64"]
 
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
+STORED_BYTES: dict[str, int] = DTYPE_BYTES | {"float8_e4m3": 1, "uint8": 1}
+"""Sizes of everything a weight image holds: a model's own dtype, and quantized weights."""
+
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Family = Literal["llama", "qwen2", "mistral", "qwen3", "gemma2", "gemma3", "phi3"]
@@ -41,6 +44,28 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     """longrope: divisors of the frequencies, for contexts up to the original length and beyond."""
+
+
+QuantForm = Literal["fp8", "fp8_inv", "awq", "gptq", "gptq_v2", "compressed_int4"]
+"""fp8: `weight_scale` (plain fp8 and compressed-tensors); fp8_inv: `weight_scale_inv`."""
+
+
+class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How the matrices of a model are quantized (`docs/quantization.md`). Embeddings, norms, biases
+    and lm_head are not; nor are the matrices named in `dense`."""
+
+    form: QuantForm
+    """How the checkpoint stores them."""
+    kind: Literal["fp8", "int4"]
+    """How the image stores them: one byte or half a byte a weight."""
+    group_size: int
+    """Inputs that share a scale; 0: all inputs of an output."""
+    scale_dtype: DType
+    """Dtype of the scales in the image, as in the checkpoint."""
+    symmetric: bool = False
+    """4-bit: every zero point is 8."""
+    dense: tuple[str, ...] = ()
+    """Matrices of the image that are stored in the model's dtype, such as "layers.3.down"."""
 
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +109,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """The same for logits."""
     tied_embeddings: bool
     dtype: DType
-    """Dtype of weights, activations and KV on the device."""
+    """Dtype of weights (but for quantized ones), activations and KV on the device."""
+    quant: QuantSpec | None = None
 
     def window(self, layer: int) -> int:
         """Tokens that a token of this layer sees; 0: all."""

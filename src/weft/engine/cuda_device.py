@@ -12,6 +12,7 @@ from weft.core.unit import UnitSpec
 from weft.engine.graphs import DecodeGraphs
 from weft.engine.runner import Sampler
 from weft.engine.sampler import SamplingBatch, sample
+from weft.kernels.quant_weight import QuantMatmul
 from weft.memory.base import Arena
 from weft.models.lora import LoraOps
 from weft.models.ops import Ops
@@ -71,6 +72,8 @@ class Device(Protocol):
     def ops(self) -> Ops: ...
 
     def lora(self) -> LoraOps: ...
+
+    def quant_matmul(self) -> QuantMatmul: ...
 
     def sampler(self) -> Sampler: ...
 
@@ -180,6 +183,14 @@ class CudaDevice:
         from weft.kernels.lora import TritonLora
 
         return TritonLora()
+
+    def quant_matmul(self) -> QuantMatmul:
+        from weft.kernels.quant_matmul import TritonQuantMatmul
+
+        properties = torch.cuda.get_device_properties(self._device)
+        return TritonQuantMatmul(
+            properties.multi_processor_count, fp8=(properties.major, properties.minor) >= (8, 9)
+        )
 
     def sampler(self) -> Sampler:
         from weft.kernels.sampling import draw

@@ -158,7 +158,7 @@ class CudaExecutor:
                     model,
                     arch,
                     image,
-                    partial(Decoder, ops=self._device.ops()),
+                    partial(Decoder, ops=self._device.ops(), matmul=self._device.quant_matmul()),
                 )
         made = first.record()
         for lane in self._lanes[1:]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from weft.core.errors import WeftError
 from weft.core.model import DTYPE_BYTES, AdapterShape, Architecture
-from weft.models.image import convert
+from weft.models.convert import convert
 from weft.models.json_file import read_json
 from weft.models.layout import (
     EXTENT_ALIGN,

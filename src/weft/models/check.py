@@ -30,6 +30,8 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int | None = None
     max_context_tokens: int | None = None
     tied_embeddings: bool | None = None
+    quantization: str | None = None
+    """How most matrices are quantized; None: not at all."""
     rope: str | None = None
     eos_ids: tuple[int, ...] = ()
     image_bytes: dict[str, int] = {}
@@ -105,12 +107,22 @@ def _arch_facts(path: Path, arch: Architecture) -> dict[str, object]:
         "vocab_size": arch.vocab_size,
         "max_context_tokens": arch.max_position,
         "tied_embeddings": arch.tied_embeddings,
+        "quantization": _quantization(arch),
         "rope": arch.rope.kind,
         "image_bytes": {name: image_layout(one).num_bytes for name, one in as_dtype.items()},
         "kv_bytes_per_token": arch.kv_bytes_per_token,
         "page_tokens": page_tokens,
         "page_bytes": page_tokens * arch.kv_bytes_per_token,
     }
+
+
+def _quantization(arch: Architecture) -> str | None:
+    quant = arch.quant
+    if quant is None:
+        return None
+    scales = f"groups of {quant.group_size}" if quant.group_size else "a scale an output"
+    left = f", {len(quant.dense)} matrices are not" if quant.dense else ""
+    return f"{quant.form}, {scales}{left}"
 
 
 def _parameters(arch: Architecture) -> int:

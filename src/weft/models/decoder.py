@@ -20,10 +20,12 @@ from weft.attention.base import (
     KvView,
 )
 from weft.core.model import Architecture
+from weft.kernels.quant_weight import QuantMatmul, QuantWeight, TorchQuantMatmul
 from weft.models.layout import gate_up_blocks, image_layout
-from weft.models.linear import DenseLinear, Linear
+from weft.models.linear import DenseLinear, Linear, QuantLinear
 from weft.models.lora import LoraBatch
 from weft.models.ops import Ops, TorchOps
+from weft.models.quant_layout import is_quantized, run_inputs
 from weft.models.rope import rope_tables
 
 __all__ = ["Decoder", "ForwardBatch", "KvView", "torch_dtype"]
@@ -34,6 +36,8 @@ _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+_BYTES = ("float8_e4m3", "uint8")
+"""Dtypes of quantized weights: seen as bytes here."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -80,19 +84,21 @@ class Decoder:
         max_tokens: int | None = None,
         context_tokens: int | None = None,
         ops: Ops | None = None,
+        matmul: QuantMatmul | None = None,
     ) -> None:
         """weights: uint8, at least the whole image, on the device the model runs on.
 
         context_tokens: the longest context the model is served with, by its name and not by what
         memory there is; default arch.max_position. Some rope kinds depend on it (`models.rope`).
         max_tokens: positions the rotary tables cover; default context_tokens.
+        matmul: products with quantized weights; default plain torch.
         """
         layout = image_layout(arch)
         if weights.dtype != torch.uint8 or weights.numel() < layout.num_bytes:
             raise ValueError(f"need {layout.num_bytes} bytes of weights as uint8")
         views = {
             name: weights[entry.offset : entry.offset + entry.num_bytes]
-            .view(torch_dtype(entry.dtype))
+            .view(torch.uint8 if entry.dtype in _BYTES else torch_dtype(entry.dtype))
             .view(entry.shape)
             for name, entry in layout.tensors.items()
         }
@@ -104,7 +110,8 @@ class Decoder:
         self._embed = views["embed"]
         self._norm = views["norm"]
         self._lm_head = views.get("lm_head", self._embed)
-        self._layers = [_layer_views(views, arch, i) for i in range(arch.num_layers)]
+        linears = _Linears(arch, views, matmul or TorchQuantMatmul())
+        self._layers = [_layer_views(views, linears, arch, i) for i in range(arch.num_layers)]
         context = context_tokens or arch.max_position
         ropes = (arch.rope,) if arch.local_rope is None else (arch.rope, arch.local_rope)
         self._ropes = [
@@ -288,16 +295,48 @@ def _product(
     return y_TO if lora is None else lora.add(y_TO, x_TI, layer, part)
 
 
-def _layer_views(views: dict[str, torch.Tensor], arch: Architecture, index: int) -> _Layer:
+class _Linears:
+    """The matrices of the image, quantized or not."""
+
+    def __init__(
+        self, arch: Architecture, views: dict[str, torch.Tensor], matmul: QuantMatmul
+    ) -> None:
+        self._arch = arch
+        self._views = views
+        self._matmul = matmul
+
+    def __call__(self, name: str, *, transposed: bool = False) -> Linear:
+        """transposed: the image stores it [in, out]."""
+        bias, view = self._views.get(f"{name}_bias"), self._views[name]
+        bias_O = None if bias is None else bias.flatten()
+        if not is_quantized(self._arch, name):
+            return DenseLinear(
+                view if transposed else view.flatten(0, -2), bias_O, transposed=transposed
+            )
+        quant = self._arch.quant
+        assert quant is not None
+        scale = self._views[f"{name}.scale"]
+        per_byte = 2 if quant.kind == "int4" else 1
+        inputs = per_byte * view.shape[0 if transposed else -1]
+        weight = QuantWeight(
+            kind=quant.kind,
+            data=view.t()[None] if transposed else view.view(scale.shape[0], -1, view.shape[-1]),
+            scale=scale,
+            zero=self._views.get(f"{name}.zero"),
+            inputs=inputs,
+            run=run_inputs(quant, inputs) if quant.kind == "int4" else 0,
+        )
+        return QuantLinear(weight, bias_O, self._matmul)
+
+
+def _layer_views(
+    views: dict[str, torch.Tensor], linears: _Linears, arch: Architecture, index: int
+) -> _Layer:
     def view(name: str) -> torch.Tensor:
         return views[f"layers.{index}.{name}"]
 
     def maybe(name: str) -> torch.Tensor | None:
         return views.get(f"layers.{index}.{name}")
-
-    def flat(name: str) -> torch.Tensor | None:
-        bias = maybe(name)
-        return None if bias is None else bias.flatten()
 
     window = arch.window(index)
     q_norm, k_norm = maybe("q_norm"), maybe("k_norm")
@@ -306,13 +345,13 @@ def _layer_views(views: dict[str, torch.Tensor], arch: Architecture, index: int)
         norms = HeadNorms(q_norm, k_norm, arch.norm_eps, arch.norm_offset)
     return _Layer(
         input_norm=view("input_norm"),
-        qkv=DenseLinear(view("qkv").flatten(0, 1), flat("qkv_bias")),
+        qkv=linears(f"layers.{index}.qkv"),
         norms=norms,
-        o=DenseLinear(view("o"), flat("o_bias"), transposed=True),
+        o=linears(f"layers.{index}.o", transposed=True),
         attention_out_norm=maybe("attention_out_norm"),
         post_norm=view("post_norm"),
-        gate_up=DenseLinear(view("gate_up").flatten(0, 2), flat("gate_up_bias")),
-        down=DenseLinear(view("down"), flat("down_bias"), transposed=True),
+        gate_up=linears(f"layers.{index}.gate_up"),
+        down=linears(f"layers.{index}.down", transposed=True),
         mlp_out_norm=maybe("mlp_out_norm"),
         attention=AttentionParams(
             scale=arch.attention_scale, window=window, cap=arch.attention_cap

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import msgspec
+
 from weft.core.errors import WeftError
 from weft.core.model import Activation, Architecture, DType, Family, RopeSpec
 from weft.models.config_reader import Reader, is_int
 from weft.models.hf_rope import MAX_POSITION, read_rope, rope_spec
 from weft.models.json_file import read_json
+from weft.models.quant_image import read_quant
 
 MAX_EOS_IDS = 64
 _ACTIVATIONS: dict[str, Activation] = {
@@ -39,8 +42,6 @@ def read_model_config(path: Path, dtype: str = "auto") -> Architecture:
     file = Path(path) / "config.json"
     reader = Reader(str(file), read_json(file))
     kind = SUPPORTED[_class_name(reader)]
-    if reader.raw.get("quantization_config") is not None:
-        reader.fail("quantization_config", "quantized checkpoints are not supported; dequantize")
     heads = reader.integer("num_attention_heads", 1, 1024)
     hidden = reader.integer("hidden_size", 2, 1 << 16)
     kv_heads = reader.integer("num_key_value_heads", 1, 1024, default=heads)
@@ -70,7 +71,12 @@ def read_model_config(path: Path, dtype: str = "auto") -> Architecture:
         "qkv_bias": False,
         "dtype": _dtype(reader, Path(path), dtype),
     }
-    return Architecture(**(facts | kind.read(reader, _Sizes(layers, hidden, head_dim))))
+    arch = Architecture(**(facts | kind.read(reader, _Sizes(layers, hidden, head_dim))))
+    quantization = reader.raw.get("quantization_config")
+    if quantization is None:
+        return arch
+    quant = read_quant(Path(path), arch, str(file), quantization)
+    return msgspec.structs.replace(arch, quant=quant)
 
 
 def _llama(reader: Reader, sizes: _Sizes) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ import msgspec
 import numpy as np
 
 from weft.core.errors import WeftError
-from weft.core.model import Architecture
+from weft.core.model import DTYPE_BYTES, Architecture
+from weft.models.convert import NUMPY, convert
 from weft.models.layout import (
     FORMAT_VERSION,
     ImageLayout,
@@ -28,6 +30,8 @@ from weft.models.layout import (
     image_layout,
 )
 from weft.models.names import expected_tensors, sources
+from weft.models.quant_image import QuantPart, QuantWork, quant_modules, quant_parts
+from weft.models.quant_layout import is_quantized
 from weft.models.safetensors_file import Checkpoint, open_checkpoint
 
 __all__ = [
@@ -47,7 +51,6 @@ TILE = (512, 32)
 """Rows and columns of the image that a transpose does at a time: 32 columns are 32 lines of the
 source, few enough even where its rows lie a power of two apart; tall, because every tile costs a
 call."""
-_NUMPY = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4", "float64": "<f8"}
 
 
 class _Piece(NamedTuple):
@@ -61,8 +64,14 @@ class _Piece(NamedTuple):
 
 
 def check_tensors(checkpoint: Checkpoint, arch: Architecture) -> None:
-    """Raises WeftError for the first tensor that is missing or has another shape."""
+    """Raises WeftError for the first tensor that is missing or has another shape or dtype than
+    config.json asks for. Reads headers only."""
+    quantized = quant_modules(checkpoint, arch)
     for name, shape in expected_tensors(arch).items():
+        module = quantized.get(name.removesuffix(".weight"))
+        if module is not None and name.endswith(".weight"):
+            module.check_headers()
+            continue
         info = checkpoint.tensors.get(name)
         if info is None:
             raise WeftError(f"{checkpoint.path}: tensor {name!r} is missing from the checkpoint")
@@ -70,6 +79,12 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture) -> None:
             raise WeftError(
                 f"{checkpoint.file_of(name)}: tensor {name!r} has shape {list(info.shape)}, "
                 f"config.json asks for {list(shape)}"
+            )
+        if info.dtype not in DTYPE_BYTES:
+            raise WeftError(
+                f"{checkpoint.file_of(name)}: tensor {name!r} is stored as {info.dtype}, which "
+                "config.json's quantization_config does not account for; supported without: "
+                f"{', '.join(DTYPE_BYTES)}"
             )
 
 
@@ -98,13 +113,15 @@ def build_image(
 
     `progress` is called with the bytes written since its last call, from the calling thread; the
     calls sum up to the image's size. Every tensor's presence and shape is checked before the
-    first byte is written. Raises WeftError naming file and tensor.
+    first byte is written, and that scales are finite. Raises WeftError naming file and tensor.
     """
     layout = image_layout(arch)
     report = progress or _ignore
     if out.nbytes < layout.num_bytes:
         raise ValueError(f"the image needs {layout.num_bytes} bytes, got {out.nbytes}")
     check_tensors(checkpoint, arch)
+    for module in quant_modules(checkpoint, arch).values():
+        module.check_values()
     image = np.frombuffer(out, dtype=np.uint8, count=layout.num_bytes)
     report(_zero_gaps(image, layout))
     pieces = _pieces(checkpoint, arch, layout, image)
@@ -139,15 +156,15 @@ def _zero_gaps(image: np.ndarray, layout: ImageLayout) -> int:
 
 def _pieces(
     checkpoint: Checkpoint, arch: Architecture, layout: ImageLayout, image: np.ndarray
-) -> Iterator[_Piece]:
-    """Every byte of every tensor of the image, once, in image order."""
+) -> Iterator[_Piece | QuantWork]:
+    """Every byte of every tensor of the image, once; nearly in image order."""
 
     def dest(name: str) -> np.ndarray:
         entry = layout.tensors[name]
         raw = image[entry.offset : entry.offset + entry.num_bytes]
-        return raw.view(_NUMPY[entry.dtype]).reshape(entry.shape)
+        return raw.view(NUMPY[entry.dtype]).reshape(entry.shape)
 
-    places = sources(arch)
+    places, modules = sources(arch), quant_modules(checkpoint, arch)
 
     def cut(target: np.ndarray, part: str, *, transpose: bool = False) -> Iterator[_Piece]:
         name, first, shape = places[part]
@@ -165,17 +182,37 @@ def _pieces(
     for name in layout.tensors:
         target = dest(name)
         layer, _, own = name.rpartition(".")
-        if own in ("embed", "lm_head"):
+        if is_quantized(arch, name):
+            zero = dest(f"{name}.zero") if f"{name}.zero" in layout.tensors else None
+            tensors = (target, dest(f"{name}.scale"), zero)
+            for part in quant_parts(modules, places, name, tensors, rows_of):
+                yield from _quant_pieces(part, layout.tensors[f"{name}.scale"].dtype)
+        elif own in ("scale", "zero"):
+            continue  # done with their matrix
+        elif own in ("embed", "lm_head"):
             yield from _padding(target[vocab:])
             yield from cut(target[:vocab], name)
         elif own in ("qkv", "qkv_bias"):
-            for part, rows in rows_of.items():
-                yield from cut(target[:, rows], f"{layer}.{part}{own[3:]}")
+            for own_part, rows in rows_of.items():
+                yield from cut(target[:, rows], f"{layer}.{own_part}{own[3:]}")
         elif own in ("gate_up", "gate_up_bias"):
-            for half, part in enumerate(("gate", "up")):
-                yield from cut(target[:, half], f"{layer}.{part}{own[7:]}")
+            for half, own_part in enumerate(("gate", "up")):
+                yield from cut(target[:, half], f"{layer}.{own_part}{own[7:]}")
         else:
             yield from cut(target, name, transpose=own in ("o", "down"))
+
+
+def _quant_pieces(part: QuantPart, scale_dtype: str) -> Iterator[_Piece | QuantWork]:
+    """A part of a quantized matrix: its weights, its zero points, its scales."""
+    part.module.read_ahead()
+    if part.zero is not None:
+        yield from part.packing()
+        yield part.write_zeros
+    elif part.transposed:
+        yield from _cut_transposed(part.module.weight, part.rows.start, part.weight)
+    else:
+        yield from _cut(part.module.weight, part.rows.start, part.weight, part.weight.ndim - 1)
+    yield partial(part.write_scales, scale_dtype)
 
 
 def _padding(target: np.ndarray) -> Iterator[_Piece]:
@@ -207,13 +244,17 @@ def _cut_transposed(name: str, first: int, dest: np.ndarray) -> Iterator[_Piece]
         yield _Piece(name, first + at, part.shape[1], part, transposed=True)
 
 
-def _copy(checkpoint: Checkpoint, dtype: str, piece: _Piece) -> int:
+def _copy(checkpoint: Checkpoint, dtype: str, piece: _Piece | QuantWork) -> int:
     """Do one piece; returns the bytes written."""
+    if not isinstance(piece, _Piece):
+        return piece()
     name, first, count, dest, transposed = piece
     if not name:
         dest[...] = 0
         return dest.nbytes
     source_dtype = checkpoint.tensors[name].dtype
+    if source_dtype == "float8_e4m3":
+        dtype = source_dtype  # quantized weights go as they are
     if source_dtype == dtype and dest.flags.c_contiguous and not transposed:
         checkpoint.read_rows(name, first, dest)
     elif transposed:
@@ -230,23 +271,3 @@ def _copy_tiles(source: np.ndarray, source_dtype: str, dest: np.ndarray, dtype: 
         for column in range(0, columns, width):
             tile = (slice(row, row + height), slice(column, column + width))
             dest[tile] = convert(source[tile], source_dtype, dtype)
-
-
-def convert(source: np.ndarray, source_dtype: str, dest_dtype: str) -> np.ndarray:
-    """Widening is exact; narrowing rounds to nearest even, by way of float32 (as torch does)."""
-    if source_dtype == dest_dtype:
-        return source
-    if source_dtype == "bfloat16":
-        source = (source.astype(np.uint32) << 16).view(np.float32)
-    if dest_dtype == "bfloat16":
-        return _round_to_bfloat16(source)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN are values here
-        return source.astype(_NUMPY[dest_dtype])
-
-
-def _round_to_bfloat16(source: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):
-        wide = np.ascontiguousarray(source, dtype=np.float32)
-    bits = wide.view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    return np.where(np.isnan(wide), np.uint32(0x7FC0), rounded).astype(np.uint16)

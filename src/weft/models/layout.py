@@ -22,6 +22,8 @@ contiguous ranges:
     norm             [H]
     lm_head          [Vp, H]          absent where embeddings are tied
 
+What becomes of qkv, o, gate_up and down where they are quantized is in `quant_layout`.
+
 Shape legend: V vocabulary, H hidden size, G KV heads, Q query heads, D head dim, I intermediate
 size, B gate/up blocks (8, or the largest smaller power of two that divides I).
 """
@@ -31,7 +33,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from weft.core.model import DTYPE_BYTES, Architecture
+from weft.core.model import STORED_BYTES, Architecture
+from weft.models.quant_layout import QuantTensor, is_quantized, matrix_tensors
 
 FORMAT_VERSION = 1
 EXTENT_ALIGN = 4096
@@ -49,7 +52,7 @@ class TensorEntry(msgspec.Struct, frozen=True):
 
     @property
     def num_bytes(self) -> int:
-        count = DTYPE_BYTES[self.dtype]
+        count = STORED_BYTES[self.dtype]
         for size in self.shape:
             count *= size
         return count
@@ -81,6 +84,14 @@ class _Planned(NamedTuple):
     shape: tuple[int, ...]
 
 
+class _Stored(NamedTuple):
+    extent: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scale: str | None
+
+
 def padded_vocab(arch: Architecture) -> int:
     """Rows of the embedding table in the image."""
     return -(-arch.vocab_size // VOCAB_BLOCKS) * VOCAB_BLOCKS
@@ -100,18 +111,32 @@ def image_layout(arch: Architecture) -> ImageLayout:
     extents: list[LayoutExtent] = []
     start = at = 0
     current = "embed"
-    for extent, name, shape in _planned(arch):
+    for extent, name, shape, dtype, scale in _stored(arch):
         if extent != current:
             end = _align(at, EXTENT_ALIGN)
             extents.append(LayoutExtent(current, start, end - start))
             start = at = end
             current = extent
-        entry = TensorEntry(_align(at, TENSOR_ALIGN), shape, arch.dtype)
+        entry = TensorEntry(_align(at, TENSOR_ALIGN), shape, dtype, scale)
         tensors[name] = entry
         at = entry.offset + entry.num_bytes
     end = _align(at, EXTENT_ALIGN)
     extents.append(LayoutExtent(current, start, end - start))
     return ImageLayout(end, tuple(extents), tensors)
+
+
+def _stored(arch: Architecture) -> Iterator[_Stored]:
+    """Every tensor; a quantized matrix is followed by its scales and zero points."""
+    blocks = {"qkv": arch.num_kv_heads, "gate_up": gate_up_blocks(arch)}
+    for extent, name, shape in _planned(arch):
+        tensors = [QuantTensor(name, shape, arch.dtype, None)]
+        if arch.quant is not None and is_quantized(arch, name):
+            own = name.rpartition(".")[2]
+            tensors = matrix_tensors(
+                arch.quant, name, shape, blocks=blocks.get(own, 1), transposed=own not in blocks
+            )
+        for tensor in tensors:
+            yield _Stored(extent, *tensor)
 
 
 def _planned(arch: Architecture) -> Iterator[_Planned]:

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from weft.kernels.quant_weight import QuantMatmul, QuantWeight
+
 
 class Linear(Protocol):
     """x [T, I] -> [T, O], in x's dtype. Stateless: views over the image."""
@@ -31,3 +33,17 @@ class DenseLinear:
         if self.bias_O is None:
             return torch.mm(x_TI, self.weight_IO)
         return torch.addmm(self.bias_O, x_TI, self.weight_IO)
+
+
+class QuantLinear:
+    """A quantized weight; the device's `QuantMatmul` does the product."""
+
+    def __init__(
+        self, weight: QuantWeight, bias_O: torch.Tensor | None, matmul: QuantMatmul
+    ) -> None:
+        self.weight = weight
+        self.bias_O = bias_O
+        self._matmul = matmul
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return self._matmul(x_TI, self.weight, self.bias_O)

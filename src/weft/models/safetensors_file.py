@@ -10,13 +10,13 @@ import stat
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 import numpy as np
 
 from weft.core.errors import WeftError
-from weft.core.model import DTYPE_BYTES, DType
+from weft.core.model import DType
 from weft.models.json_file import parse_object, read_json
 
 MAX_HEADER_BYTES = 16 << 20
@@ -31,16 +31,21 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
-_DTYPES: dict[str, DType] = {
+_DTYPES = {
     "BF16": "bfloat16",
     "F16": "float16",
     "F32": "float32",
     "F64": "float64",
+    "F8_E4M3": "float8_e4m3",
+    "I32": "int32",
+    "I64": "int64",
 }
 _NUMPY = {"bfloat16": "<u2", "float16": "<f2", "float32": "<f4", "float64": "<f8"}
+_NUMPY |= {"float8_e4m3": "u1", "int32": "<i4", "int64": "<i8"}
+_BYTES = {name: np.dtype(code).itemsize for name, code in _NUMPY.items()}
 _OTHER_DTYPES = (
-    {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64"}
-    | {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+    {"BOOL", "U8", "I8", "U16", "I16", "U32", "U64", "C64"}
+    | {"F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
     | {"F4", "F6_E2M3", "F6_E3M2"}
 )
 
@@ -51,7 +56,8 @@ class TensorInfo(msgspec.Struct, frozen=True):
     name: str
     file: int
     """Index into Checkpoint.files."""
-    dtype: DType
+    dtype: str
+    """A DType, or of quantized weights: float8_e4m3, int32, int64."""
     shape: tuple[int, ...]
     offset: int
     """Bytes from the beginning of the file."""
@@ -86,8 +92,8 @@ class Checkpoint:
         self._shards = shards
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor's data; bfloat16 comes as uint16 bit patterns. Raises WeftError if the file is
-        no longer what it was."""
+        """A tensor's data; bfloat16 and float8_e4m3 come as bit patterns (uint16, uint8). Raises
+        WeftError if the file is no longer what it was."""
         info = self._info(name)
         array = np.empty(info.shape, dtype=_NUMPY[info.dtype])
         self._read(info, 0, array)
@@ -133,12 +139,14 @@ class Checkpoint:
         return self.files[self.tensors[name].file]
 
     def main_dtype(self) -> DType:
-        """The dtype most of the stored bytes have."""
+        """The dtype most of the stored bytes have, quantized weights aside."""
         count: Counter[DType] = Counter()
         for info in self.tensors.values():
-            count[info.dtype] += info.num_bytes
+            for dtype in get_args(DType):
+                if info.dtype == dtype:
+                    count[dtype] += info.num_bytes
         if not count:
-            raise WeftError(f"{self.path}: the checkpoint holds no tensors")
+            raise WeftError(f"{self.path}: the checkpoint holds no tensors of a floating dtype")
         return max(count, key=lambda dtype: count[dtype])
 
     def stamps(self) -> tuple[ShardStamp, ...]:
@@ -312,7 +320,7 @@ def _parse_tensor(
         raise WeftError(f"{where}: shape must be at most {MAX_DIMS} integers of 0 or more")
     if not isinstance(span, list) or len(span) != 2 or not all(map(_is_size, span)):
         raise WeftError(f"{where}: data_offsets must be two integers of 0 or more")
-    num_bytes = DTYPE_BYTES[_DTYPES[dtype]]
+    num_bytes = _BYTES[_DTYPES[dtype]]
     for size in shape:
         num_bytes *= size
     if span[1] - span[0] != num_bytes:

@@ -13,7 +13,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["attention", "elementwise", "backend", "sampling", "lora"])
+@pytest.mark.parametrize(
+    "name", ["attention", "elementwise", "backend", "sampling", "lora", "quant"]
+)
 def test_interpreted(name: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run(
