@@ -92,7 +92,7 @@ def test_a_short_campaign(tmp_path: Path) -> None:
     tally = house_of_fire(
         tmp_path / "house",
         models,
-        draw_wishes(models, 18, rng),
+        draw_wishes(models, 36, rng),
         rng,
         parked_bytes=LITTLE,
         switches=12,

@@ -21,13 +21,16 @@ from typing import Any
 
 import httpx
 import msgspec
+import numpy as np
 
+from support.answers import plain_answer, random_sampling
 from support.plain import PlainModel
 from support.pool_process import PoolProcess, command_line, running_pool, sse
 from support.tiny import tiny_checkpoint
 from weft.config.pool_config import parse_pool_config
 from weft.core.actions import CopyKv, Load, Run, UnitAction
-from weft.core.request import Sampling
+from weft.core.ids import ModelName, RequestId
+from weft.core.request import Grammar, Request, Sampling
 from weft.models.hf_config import read_eos_ids
 from weft.node.images import plan_store
 from weft.report.trace_file import read_worker_trace
@@ -54,7 +57,7 @@ def make_models(folder: Path) -> list[dict[str, Any]]:
     """Six checkpoints in float64, as entries of pool.yaml."""
     for seed, (name, shape) in enumerate(MODELS.items()):
         wanted = {"layers": 3, "intermediate": 256, "vocab": VOCAB, **shape}
-        tiny_checkpoint(folder / name, seed=seed, dtype="float64", tokenizer=False, **wanted)
+        tiny_checkpoint(folder / name, seed=seed, dtype="float64", **wanted)
     return [{"name": name, "path": str(folder / name)} for name in MODELS]
 
 
@@ -72,23 +75,45 @@ class Wish:
     stop_ids: tuple[int, ...]
     ignore_eos: bool
     answer: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    """One for each token of the answer, where they are asked for."""
     finish: str = ""
 
     def body(self, *, stream: bool) -> dict[str, Any]:
         """For POST /v1/completions."""
-        return {
+        sampling = self.sampling
+        shape = {} if sampling.grammar is None else structured(sampling.grammar)
+        return shape | {
             "model": self.model,
             "prompt": list(self.prompt),
             "max_tokens": self.max_tokens,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "top_k": self.sampling.top_k,
-            "seed": self.sampling.seed,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "repetition_penalty": sampling.repetition_penalty,
+            "logit_bias": {str(token): value for token, value in sampling.logit_bias},
+            "logprobs": sampling.logprobs,
+            "seed": sampling.seed,
             "stop_token_ids": list(self.stop_ids),
             "ignore_eos": self.ignore_eos,
             "stream": stream,
             "return_token_ids": True,
         }
+
+
+def structured(grammar: Grammar) -> dict[str, Any]:
+    """As vLLM's field."""
+    key, value = {
+        "json_object": ("json_object", True),
+        "json_schema": ("json", grammar.text),
+        "regex": ("regex", grammar.text),
+        "choice": ("choice", json.loads(grammar.text) if grammar.kind == "choice" else None),
+        "lark": ("grammar", grammar.text),
+    }[grammar.kind]
+    return {"structured_outputs": {key: value}}
 
 
 def draw_wishes(models: Sequence[dict[str, Any]], count: int, rng: random.Random) -> list[Wish]:
@@ -99,11 +124,7 @@ def draw_wishes(models: Sequence[dict[str, Any]], count: int, rng: random.Random
         plain = PlainModel(Path(model["path"]))
         prefixes = [_ids(rng, n) for n in (40, 130, 200)]
         for _ in range(count * i // len(models), count * (i + 1) // len(models)):
-            wish = _draw(model["name"], rng, prefixes)
-            drawn, _logits = plain.generate(
-                wish.prompt, wish.max_tokens, sampling=wish.sampling, seed=rng.randrange(1 << 30)
-            )
-            wishes.append(_with_answer(wish, drawn, plain))
+            wishes.append(_with_answer(_draw(model["name"], rng, prefixes), plain))
     return wishes
 
 
@@ -112,10 +133,14 @@ def _ids(rng: random.Random, count: int) -> tuple[int, ...]:
 
 
 def _draw(model: str, rng: random.Random, prefixes: Sequence[tuple[int, ...]]) -> Wish:
-    """Two of three prompts begin as others do. Half the streams are greedy, half seeded."""
+    """Two of three prompts begin as others do. A third of the streams is greedy, a third seeded,
+    and a third has all kinds of parameters."""
     prefix = rng.choice(prefixes) if rng.random() < 0.67 else ()
     sampling = Sampling()
-    if rng.random() < 0.5:
+    kind = rng.randrange(3)
+    if kind == 1:
+        sampling = random_sampling(rng, VOCAB)
+    elif kind == 2:
         sampling = Sampling(
             temperature=rng.choice([0.5, 1.0]),
             top_p=rng.choice([1.0, 0.9]),
@@ -127,18 +152,28 @@ def _draw(model: str, rng: random.Random, prefixes: Sequence[tuple[int, ...]]) -
         prompt=prefix + _ids(rng, rng.randint(1, 30)),
         max_tokens=rng.choice([rng.randint(1, 16), rng.randint(20, 80)]),
         sampling=sampling,
-        stop_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 3]))),
+        stop_ids=() if sampling.grammar else tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 3]))),
         ignore_eos=rng.random() < 0.5,
     )
 
 
-def _with_answer(wish: Wish, drawn: Sequence[int], plain: PlainModel) -> Wish:
-    """Up to the first stop id, which is not part of the answer."""
-    eos = () if wish.ignore_eos else read_eos_ids(plain.path)
-    stops = {*wish.stop_ids, *eos}
-    end = next((i for i, token in enumerate(drawn) if token in stops), None)
-    finish = "length" if end is None else "stop"
-    return replace(wish, answer=tuple(drawn[:end]), finish=finish)
+def _with_answer(wish: Wish, plain: PlainModel) -> Wish:
+    request = Request(
+        id=RequestId(0),
+        model=ModelName(wish.model),
+        prompt=wish.prompt,
+        max_tokens=wish.max_tokens,
+        sampling=wish.sampling,
+        stop_ids=wish.stop_ids,
+        ignore_eos=wish.ignore_eos,
+    )
+    answer = plain_answer(plain, request, read_eos_ids(plain.path))
+    return replace(
+        wish,
+        answer=tuple(answer.tokens),
+        logprobs=tuple(one.logprob for one in answer.logprobs),
+        finish=answer.finish or "",
+    )
 
 
 # -- a pool under fire -------------------------------------------------------------------------
@@ -231,9 +266,14 @@ class House:
         """At least so many; a worker takes its last report's successor with it."""
         return sum(self._loads.values())
 
-    def check(self, wish: Wish, got: Sequence[int], finish: str | None) -> None:
+    def check(
+        self, wish: Wish, got: Sequence[int], scores: Sequence[float], finish: str | None
+    ) -> None:
         """Compare what a client got. `finish` None: it left, and what it got is a beginning."""
         want = wish.answer if finish is not None else wish.answer[: len(got)]
+        wanted = wish.logprobs[: len(got)]
+        if len(scores) != len(wanted) or not np.allclose(scores, wanted, atol=1e-6, rtol=0):
+            self.wrong.append(f"{wish}: got log probabilities {scores}")
         self.tally.tokens += len(got)
         self.tally.finished += finish is not None
         self.tally.left += finish is None
@@ -345,24 +385,31 @@ async def _visit(house: House, client: httpx.AsyncClient, wish: Wish, rng: rando
         response = await client.post("/v1/completions", json=wish.body(stream=False))
         assert response.status_code == 200, response.text
         (choice,) = response.json()["choices"]
-        house.check(wish, choice["token_ids"], choice["finish_reason"])
+        scores = choice["logprobs"]["token_logprobs"] if choice.get("logprobs") else []
+        house.check(wish, choice["token_ids"], scores, choice["finish_reason"])
         return
     got: list[int] = []
+    scored: list[float] = []
     finish = None
     patience_s = rng.uniform(0.0, 1.0) if fate < 0.22 else None
     enough = rng.randrange(wish.max_tokens + 1) if 0.22 <= fate < 0.30 else None
     try:
         async with asyncio.timeout(patience_s):
-            finish = await _read(client, wish, got, enough)
+            finish = await _read(client, wish, got, scored, enough)
     except TimeoutError:
         pass
-    house.check(wish, got, finish)
+    house.check(wish, got, scored, finish)
 
 
 async def _read(
-    client: httpx.AsyncClient, wish: Wish, got: list[int], enough: int | None
+    client: httpx.AsyncClient,
+    wish: Wish,
+    got: list[int],
+    scores: list[float],
+    enough: int | None,
 ) -> str | None:
-    """Token ids of the stream into `got`, until its end or until there are `enough`."""
+    """Token ids of the stream into `got` and log probabilities into `scores`, until its end or
+    until there are `enough`."""
     finish = None
     body = wish.body(stream=True)
     async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -374,6 +421,8 @@ async def _read(
             for choice in event["choices"]:
                 assert finish is None, "something came after the end"
                 got.extend(choice["token_ids"])
+                if choice.get("logprobs"):
+                    scores.extend(choice["logprobs"]["token_logprobs"])
                 finish = choice["finish_reason"]
             if enough is not None and len(got) >= enough:
                 return finish
