@@ -25,7 +25,16 @@ _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_MODELS = 1024
 MAX_ALIASES = 64
+MAX_ADAPTERS = 1024
 _KEY_HASH = re.compile(r"^sha256:[0-9a-f]{64}$")
+
+
+class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    """The name in requests, unique in the pool as models' names are."""
+    path: str
+    """A folder in PEFT format (adapter_config.json, adapter_model.safetensors); relative paths
+    start at the configuration file."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,6 +66,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     chat_template: str | None = None
     """A file with a Jinja template instead of the checkpoint's own; relative paths start at the
     configuration file."""
+    adapters: tuple[AdapterConfig, ...] = ()
+    """LoRA adapters on this model. Each is served as a model of its own name and shares the
+    weights of this one."""
     pooling: Pooling = "last"
     """How `/v1/embeddings` makes one vector of a text: the last token's state, or the mean."""
 
@@ -186,7 +198,10 @@ def _check_names(config: PoolConfig, source: str) -> None:
         where = f"`$.models[{i}]`"
         if len(model.aliases) > MAX_ALIASES:
             raise WeftError(f"{source}: {where}.aliases has more than {MAX_ALIASES} entries")
+        if len(model.adapters) > MAX_ADAPTERS:
+            raise WeftError(f"{source}: {where}.adapters has more than {MAX_ADAPTERS} entries")
         names = [("name", model.name), *(("aliases", alias) for alias in model.aliases)]
+        names += [(f"adapters[{j}].name", one.name) for j, one in enumerate(model.adapters)]
         for key, name in names:
             if not _NAME.fullmatch(name):
                 raise WeftError(
@@ -195,6 +210,24 @@ def _check_names(config: PoolConfig, source: str) -> None:
             if name in seen:
                 raise WeftError(f"{source}: {where}.{key} {name!r} is used twice")
             seen.add(name)
+
+
+def served_entries(config: PoolConfig) -> Iterator[tuple[ModelConfig, ModelConfig | None]]:
+    """Everything with a name and weights of its own, in order: each model, then its adapters with
+    the model under them. An adapter has its model's wishes, but is not pinned or preloaded."""
+    for model in config.models:
+        yield model, None
+        for one in model.adapters:
+            entry = msgspec.structs.replace(
+                model,
+                name=one.name,
+                path=one.path,
+                aliases=(),
+                adapters=(),
+                pinned=False,
+                preload=False,
+            )
+            yield entry, model
 
 
 def _bounds(config: PoolConfig) -> Iterator[tuple[str, float | None, float, float]]:

@@ -98,6 +98,12 @@ def test_what_is_wrong_is_refused_by_its_path(more: dict[str, Any], message: str
         [{"name": "a", "path": "a", "aliases": ["x", "x"]}],
         [{"name": "a", "path": "a", "aliases": ["a"]}],
         [{"name": "a", "path": "a", "aliases": ["no space"]}],
+        [{"name": "a", "path": "a", "adapters": [{"name": "a", "path": "x"}]}],
+        [{"name": "a", "path": "a", "adapters": [{"name": "x", "path": "x"}] * 2}],
+        [
+            {"name": "a", "path": "a", "adapters": [{"name": "b", "path": "x"}]},
+            {"name": "b", "path": "b"},
+        ],
         [{"name": "a", "path": "a", "aliases": [f"x{i}" for i in range(65)]}],
     ],
 )
