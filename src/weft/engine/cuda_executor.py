@@ -165,9 +165,9 @@ class CudaExecutor:
             lane.stream.wait(made)
 
     def unbind(self, model: ModelName) -> None:
-        bound = self._models[model]
+        bound = self._models.get(model)
         self._models.unbind(model, self._book)
-        for lane in self._lanes:
+        for lane in self._lanes if bound is not None else ():
             lane.runner.forget(bound)
 
     def submit(self, action: UnitAction) -> None:

@@ -136,9 +136,11 @@ def test_a_step_without_its_adapter_on_the_device_is_noticed(tmp_path: Path) -> 
             engine.do(engine.run("a", rows))
 
 
-def test_an_adapter_is_unbound_when_nothing_names_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_adapter_is_unbound_when_nothing_names_it(tmp_path: Path, device: str) -> None:
     models = make(tmp_path, "float32")
-    with Engine(models, unit_for(models)) as engine:
+    options = {"make": CudaExecutor, "device": FakeDevice(1)} if device == "cuda" else {}
+    with Engine(models, unit_for(models), **options) as engine:
         name = ModelName("x")
         drawn = plain_run(engine, "a", [3, 4, 5], 4, adapter="x")
         engine.executor.unbind(name)
