@@ -23,7 +23,7 @@ from support.fake_device import FakeDevice
 from support.replay_kit import LogitsLog, drive_replay, first_difference
 from support.unit_kit import UnitRun
 from weft.core.actions import Drop, Load, Run
-from weft.core.ids import ModelName
+from weft.core.ids import ModelName, RequestId
 from weft.core.request import Request
 from weft.core.unit import UnitSpec
 from weft.engine.cuda_executor import CudaExecutor
@@ -94,10 +94,34 @@ def test_every_stream_equals_its_plain_run(tmp_path: Path, device: str) -> None:
         unit = on_cpu.run_all(engine, requests, rng, set())
     assert not unit.errors
     check_streams(unit, models, requests)
-    steps = [a for a in unit.actions if isinstance(a, Run)]
-    assert any(len({r.adapter for r in s.plan.rows}) > 1 for s in steps), "steps were mixed"
     assert sum(isinstance(a, Load) and a.model in ADAPTERS for a in unit.actions) >= 4
     assert sum(isinstance(a, Drop) and a.model in ADAPTERS for a in unit.actions) >= 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_adapters_and_the_bare_base_decode_in_one_step(tmp_path: Path, device: str) -> None:
+    models = make(tmp_path, "float64")
+    options = {"make": CudaExecutor, "device": FakeDevice(1)} if device == "cuda" else {}
+    names = [None, *map(ModelName, ("x", "y", "x"))]
+    requests = [
+        Request(
+            id=RequestId(i),
+            model=ModelName("a"),
+            adapter=name,
+            prompt=tuple(range(3, 9 + i)),
+            max_tokens=30,
+            ignore_eos=True,
+        )
+        for i, name in enumerate(names)
+    ]
+    with Engine(models, unit_for(models), threads=1, **options) as engine:
+        unit = UnitRun(engine)
+        for request in requests:
+            unit.request(request)
+        unit.drain()
+    check_streams(unit, models, requests)
+    steps = [a for a in unit.actions if isinstance(a, Run)]
+    assert any(len({r.adapter for r in s.plan.rows}) == 3 for s in steps)
 
 
 def test_a_plan_log_with_adapters_replays_bitwise(tmp_path: Path) -> None:
