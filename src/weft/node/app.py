@@ -7,6 +7,7 @@ and a worker is up. Workers start while the images are being built.
 import asyncio
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ from weft.policy.dispatch.least_loaded import LeastLoaded
 from weft.pool.scheduler import PoolScheduler
 from weft.pool.units import Limits
 from weft.server.app import create_app
-from weft.server.serve import serve
+from weft.server.binding import check_bind
+from weft.server.serve import listen, serve
 from weft.transport.messages import BindModel, WorkerConfig
 
 log = logging.getLogger("weft.node")
@@ -84,6 +86,15 @@ class _Pool:
 
     async def run(self, *, insecure: bool, on_ready: Callable[[str], None] | None) -> None:
         server = self._config.server
+        # First of all: a port that is taken, or may not be served, costs no start of workers.
+        check_bind(server.host, insecure=insecure, has_keys=bool(server.keys))
+        with listen(server.host, server.port) as sock:
+            await self._run(sock, insecure=insecure, on_ready=on_ready)
+
+    async def _run(
+        self, sock: socket.socket, *, insecure: bool, on_ready: Callable[[str], None] | None
+    ) -> None:
+        server = self._config.server
         asked = self._config.engine.host_memory
         budget = host_store_bytes(parse_bytes(asked) if asked else None, memory_limit_bytes())
         plan = await asyncio.to_thread(plan_store, self._config, self._base_dir, budget)
@@ -91,7 +102,8 @@ class _Pool:
             raise WeftError(f"no model can be served: {plan.failed[0].reason}")
         host = HostStore.create(plan.store_bytes)
         agent = NodeAgent(host, [self._unit(0, plan)], command=self._worker_command)
-        scheduler = PoolScheduler(LeastLoaded(), Limits(max_queue=server.max_queue))
+        limits = Limits(max_queue=server.max_queue, max_model_queue=server.max_model_queue)
+        scheduler = PoolScheduler(LeastLoaded(), limits)
         hub = PoolHub(scheduler, agent, hold_s=server.hold_s)
         agent.connect(hub)
         _add_models(hub, plan)
@@ -109,7 +121,13 @@ class _Pool:
         building.add_done_callback(lambda done: _report(done, refuse))
         try:
             await serve(
-                app, server.host, server.port, insecure=insecure, on_ready=on_ready, stop=stop
+                app,
+                server.host,
+                server.port,
+                insecure=insecure,
+                on_ready=on_ready,
+                stop=stop,
+                sock=sock,
             )
         finally:
             self._stop_building.set()

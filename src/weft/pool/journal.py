@@ -4,12 +4,13 @@ The pool is the one owner of record: whatever happens to a worker, a request can
 here, continuing after the tokens its client already has.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
 
-from weft.core.ids import RequestId
+from weft.core.ids import ModelName, RequestId
 from weft.core.request import ParkedKv, Request
 
 
@@ -56,12 +57,17 @@ class Journal:
 
     def __init__(self) -> None:
         self._records: dict[RequestId, Record] = {}
+        self._of_model: Counter[ModelName] = Counter()
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self._records.values())
+
+    def of_model(self, model: ModelName) -> int:
+        """Unfinished requests of one model."""
+        return self._of_model[model]
 
     def get(self, request: RequestId) -> Record | None:
         return self._records.get(request)
@@ -71,7 +77,11 @@ class Journal:
         if request.id in self._records:
             raise ValueError(f"request {request.id} was admitted twice")
         record = self._records[request.id] = Record(request)
+        self._of_model[request.model] += 1
         return record
 
     def remove(self, request: RequestId) -> None:
-        del self._records[request]
+        model = self._records.pop(request).request.model
+        self._of_model[model] -= 1
+        if not self._of_model[model]:
+            del self._of_model[model]

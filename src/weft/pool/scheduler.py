@@ -197,6 +197,12 @@ class PoolScheduler:
             return ReplyError(
                 code=QUEUE_FULL, message=f"{len(self.journal)} requests are unfinished; retry later"
             )
+        most = self.limits.max_model_queue
+        if most is None and len(self._models) > 1:
+            most = max(1, self.limits.max_queue * 3 // 4)
+        if most is not None and (here := self.journal.of_model(request.model)) >= most:
+            message = f"{here} requests for {request.model!r} are unfinished; retry later"
+            return ReplyError(code=QUEUE_FULL, message=message)
         return None
 
     def _client_gone(self, request_id: RequestId) -> None:

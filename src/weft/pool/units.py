@@ -24,6 +24,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     max_queue: int = 1024
     """Unfinished requests before new ones are refused."""
+    max_model_queue: int | None = None
+    """The same of one model, so that one crowd does not keep out the others. None: three quarters
+    of `max_queue` where there are several models."""
     max_reruns: int = 2
     """Times in a row that a request may lose its worker in a step without a token in between."""
     max_reruns_total: int = 32

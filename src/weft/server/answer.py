@@ -46,6 +46,9 @@ class Gate:
         self.draining = False
         self._is_cut = False
         self.live: set[Answer] = set()
+        self.inside = 0
+        """Requests past the door that may become answers, also while they are still read or
+        tokenised: the end waits for them."""
 
     def drain(self) -> None:
         self.draining = True

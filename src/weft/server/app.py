@@ -79,13 +79,14 @@ def create_app(
     )
     app.state.gate = gate
     app.state.keys = keys
+    app.state.server_config = config.server
     app.include_router(openai_routes(front))
     app.include_router(operator_routes(front))
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     # The one added last is the outermost.
-    app.add_middleware(Door, server=config.server, keys=lambda: app.state.keys)
+    app.add_middleware(Door, server=config.server, keys=lambda: app.state.keys, gate=gate)
     if config.server.cors_origins:
         app.add_middleware(
             CORSMiddleware,

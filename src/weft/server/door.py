@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from weft.config.server_config import ServerConfig
+from weft.server.answer import Gate
 from weft.server.binding import is_loopback
 from weft.server.errors import CLIENT_CLOSED, ApiError, forbidden, rate_limited, unauthorized
 from weft.server.keys import MAX_KEY_BYTES, Key, KeyRing
@@ -35,10 +36,12 @@ class Door:
         *,
         server: ServerConfig,
         keys: Callable[[], KeyRing],
+        gate: Gate,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
         self._keys = keys
+        self._gate = gate
         self._hosts = server.allowed_hosts
         self._on_loopback = is_loopback(server.host)
         self._access_log = server.access_log
@@ -67,10 +70,20 @@ class Door:
             except ApiError as error:
                 await error.response()(scope, receive, watched)
             else:
-                await self._app(scope, receive, watched)
+                await self._enter(scope, receive, watched)
         finally:
             if self._access_log:
                 self._write(scope, visit)
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        self._gate.inside += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._gate.inside -= 1
 
     def _admit(self, scope: Scope, visit: Visit) -> None:
         """Raises ApiError."""
@@ -84,10 +97,15 @@ class Door:
             )
         keys = self._keys()
         self._check_host(headers, has_keys=len(keys) > 0)
-        if not len(keys):
-            return
+        if len(keys):
+            self._check_key(scope, visit, keys)
+        if scope["method"] == "POST":
+            self._gate.check()
+
+    def _check_key(self, scope: Scope, visit: Visit, keys: KeyRing) -> None:
+        """Who is it, and may it go there now? Raises ApiError."""
         is_open = scope["path"] in OPEN_PATHS
-        visit.key = _authenticate(headers, keys, optional=is_open)
+        visit.key = _authenticate(scope["headers"], keys, optional=is_open)
         if visit.key is None:
             return
         scope["state"]["tenant"] = visit.key.tenant
