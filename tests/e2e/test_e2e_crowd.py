@@ -45,9 +45,7 @@ def prompt(number: int) -> tuple[int, ...]:
 
 def references(pool: PoolProcess) -> dict[tuple[int, ...], tuple[int, ...]]:
     """The longest answer to every prompt, from a small crowd of good readers."""
-    asked = [
-        Visitor(model="ant", prompt=prompt(i), max_tokens=SLOW_TOKENS) for i in range(PROMPTS)
-    ]
+    asked = [Visitor(model="ant", prompt=prompt(i), max_tokens=SLOW_TOKENS) for i in range(PROMPTS)]
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
     for who, seen in zip(asked, run_crowd(pool.url, asked), strict=True):
         assert seen.status == 200 and seen.whole and len(seen.tokens) == SLOW_TOKENS
