@@ -18,7 +18,13 @@ from weft.ledger.prefix import PrefixIndex
 class KvSpace:
     """Pages of `page_bytes` over virtual granules of `granule_bytes`."""
 
-    def __init__(self, page_bytes: int, granule_bytes: int, num_granules: int) -> None:
+    def __init__(
+        self,
+        page_bytes: int,
+        granule_bytes: int,
+        num_granules: int,
+        index: PrefixIndex | None = None,
+    ) -> None:
         self.page_bytes = page_bytes
         self.granule_bytes = granule_bytes
         self.num_virtual = num_granules
@@ -29,7 +35,7 @@ class KvSpace:
         self.unmapping: set[int] = set()
         self.broken: set[int] = set()
         """Their map failed; live pages over them are still to be given back."""
-        self.index = PrefixIndex()
+        self.index = index or PrefixIndex()
         self.live: dict[PageId, int] = {}
         """Pages in use, and by how many."""
         self.cached: dict[PageId, None] = {}
@@ -166,6 +172,7 @@ class KvSpace:
             elif page in self.index.by_page:
                 self.cached[page] = None
                 self._count(self._cached_in, page, 1)
+                self.index.want_saved(page)
             else:
                 self._free_set.add(page)
                 heapq.heappush(self._free, page)

@@ -12,7 +12,7 @@ from weft.core.unit import UnitSpec
 from weft.ledger.extents import ExtentAllocator
 from weft.ledger.hazards import Hazards
 from weft.ledger.kv_space import KvSpace
-from weft.ledger.prefix import HostShelf
+from weft.ledger.prefix import HostShelf, PrefixIndex
 
 WeightState = Literal["absent", "loading", "resident", "dropping"]
 
@@ -20,12 +20,12 @@ WeightState = Literal["absent", "loading", "resident", "dropping"]
 class ModelMemory:
     """What one model holds."""
 
-    def __init__(self, spec: ModelSpec, unit: UnitSpec) -> None:
+    def __init__(self, spec: ModelSpec, unit: UnitSpec, index: PrefixIndex) -> None:
         self.spec = spec
         self.weights: tuple[GranuleId, ...] = ()
         self.state: WeightState = "absent"
         self.load_action: ActionId | None = None
-        self.kv = KvSpace(spec.page_bytes, unit.granule_bytes, unit.num_granules)
+        self.kv = KvSpace(spec.page_bytes, unit.granule_bytes, unit.num_granules, index)
         self.weight_granules = -(-spec.weight_bytes // unit.granule_bytes)
 
     def pages_for(self, tokens: int) -> int:
@@ -62,7 +62,7 @@ class Ledger:
         if spec.name in self.models:
             self.models[spec.name].spec = spec
         else:
-            self.models[spec.name] = ModelMemory(spec, self.unit)
+            self.models[spec.name] = ModelMemory(spec, self.unit, PrefixIndex(self.shelf.unsaved))
 
     def remove_model(self, name: ModelName) -> None:
         memory = self.models[name]

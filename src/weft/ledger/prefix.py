@@ -18,6 +18,9 @@ from weft.ledger.extents import ALIGN_BYTES, ExtentAllocator
 
 Digest = bytes
 DIGEST_BYTES = 32
+MAX_SHARE = 0.25
+"""Of the host store's region for parked KV that blocks may take: what was written once stays in the
+machine's memory."""
 
 
 def root_digest(*names: str) -> Digest:
@@ -49,9 +52,14 @@ class Block:
 
 class PrefixIndex:
     """The blocks of one model. Who holds pages and in which order they are given up is the
-    business of `KvSpace`; that of extents, of `HostShelf`."""
+    business of `KvSpace`; that of extents, of `HostShelf`.
 
-    def __init__(self) -> None:
+    `unsaved`: blocks, of any model, that lie on the device only and are worth a copy in the host
+    store: nobody uses them just now, or somebody found them. Oldest first.
+    """
+
+    def __init__(self, unsaved: dict[Block, None] | None = None) -> None:
+        self.unsaved: dict[Block, None] = {} if unsaved is None else unsaved
         self.blocks: dict[Digest, Block] = {}
         self.by_page: dict[PageId, Block] = {}
         self.num_hosted = 0
@@ -86,7 +94,14 @@ class PrefixIndex:
         block = self.by_page.pop(page, None)
         if block is not None:
             block.page = None
+            self.unsaved.pop(block, None)
             self._forget_empty(block)
+
+    def want_saved(self, page: PageId) -> None:
+        """What the index knows this page to hold is worth a copy in the host store."""
+        block = self.by_page[page]
+        if not block.extents:
+            self.unsaved[block] = None
 
     def drop_extents(self, block: Block) -> None:
         """The caller (`HostShelf`) gives them back."""
@@ -105,6 +120,7 @@ class PrefixIndex:
             assert block.pins >= 0 and (block.extents or not block.pins)
         pages = {b.page: b for b in self.blocks.values() if b.page is not None}
         assert pages == self.by_page, "pages and blocks disagree"
+        assert all(b.page is not None and not b.extents for b in self.unsaved)
         assert self.num_hosted == sum(bool(b.extents) for b in self.blocks.values())
 
 
@@ -112,10 +128,12 @@ class HostShelf:
     """Extents of one region of the host store, for parked requests and, in what they leave, for
     blocks: least recently used first, blocks are given up when a request needs the room."""
 
-    def __init__(self, extents: ExtentAllocator, max_share: float = 0.5) -> None:
+    def __init__(self, extents: ExtentAllocator, max_share: float = MAX_SHARE) -> None:
         self.extents = extents
         self.max_bytes = int(extents.num_bytes * max_share)
-        """Blocks take no more than this, so that the machine keeps the rest."""
+        """Blocks take no more than this."""
+        self.unsaved: dict[Block, None] = {}
+        """What the indices want copied here."""
         self.held_bytes = 0
         self._blocks: dict[Block, None] = {}
         """Oldest first."""
@@ -133,22 +151,16 @@ class HostShelf:
             extents = self.extents.take(num_bytes)
         return extents
 
-    def reserve(self, extents: tuple[Extent, ...]) -> bool:
-        """For a request that an earlier incarnation parked: before any block is here."""
-        return self.extents.reserve(extents)
-
     def take_for_block(self, num_bytes: int) -> tuple[Extent, ...] | None:
         """Room for one more block; older ones make way, requests do not."""
         size = _whole(num_bytes)
-        while self.held_bytes + size > self.max_bytes:
+        if size > min(self.max_bytes, self.extents.free_bytes + self.held_bytes):
+            return None
+        while self.held_bytes + size > self.max_bytes or self.extents.free_bytes < size:
             if not self._give_up_oldest():
                 return None
-        extents = self.extents.take(num_bytes)
-        while extents is None and self._give_up_oldest():
-            extents = self.extents.take(num_bytes)
-        if extents is not None:
-            self.held_bytes += size
-        return extents
+        self.held_bytes += size
+        return self.extents.take(num_bytes)
 
     def give_untaken(self, extents: tuple[Extent, ...]) -> None:
         """What `take_for_block` gave is not used after all."""
@@ -162,6 +174,7 @@ class HostShelf:
             return
         block.extents = extents
         block.index.num_hosted += 1
+        block.index.unsaved.pop(block, None)
         self._blocks[block] = None
 
     def touch(self, block: Block) -> None:

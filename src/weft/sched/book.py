@@ -20,10 +20,11 @@ from weft.core.actions import (
 )
 from weft.core.ids import ActionId, ModelName, PageId, RequestId, SlotId
 from weft.core.model import ModelSpec
-from weft.core.request import FinishReason, ParkedKv, Request, TokenLogprobs
+from weft.core.request import Extent, FinishReason, ParkedKv, Request, TokenLogprobs
 from weft.core.unit import UnitSpec
 from weft.ledger.hazards import Resource
 from weft.ledger.ledger import Ledger, ModelMemory
+from weft.ledger.prefix import Block
 from weft.policy.prefill.base import Waiting
 
 Phase = Literal["queued", "running", "parking", "parked", "resuming", "finished"]
@@ -235,6 +236,10 @@ class Book:
         """Memory given back or models gone within this decision: others may now be able to go on,
         so the decision looks again."""
         self.generations = 0
+        self.saves: dict[ActionId, list[tuple[Block, PageId, tuple[Extent, ...]]]] = {}
+        """Of the prefix cache: what is being copied to the host store, page by page."""
+        self.fetches: dict[ActionId, tuple[RequestState, list[Block]]] = {}
+        """And from there: for whom, and the blocks his pages begin with."""
         self._next_id = 1
 
     def new_id(self) -> ActionId:

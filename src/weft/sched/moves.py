@@ -14,7 +14,7 @@ from weft.core.request import ParkedKv
 from weft.policy.presets import Preset
 from weft.sched import adapters
 from weft.sched.book import Book, Leaving, ModelEntry, RequestState, waiting_view
-from weft.sched.prefix import PrefixCache
+from weft.sched.prefix import Found, PrefixCache
 from weft.sched.residency import Residents
 
 MAX_LOAD_FAILS = 3
@@ -153,7 +153,7 @@ class Mover:
         pages = state.pages[: memory.pages_for(state.computed)]
         extents = None
         if pages and state.park_fails < MAX_COPY_FAILS:
-            extents = self._book.ledger.extents.take(len(pages) * entry.spec.page_bytes)
+            extents = self._book.ledger.shelf.take(len(pages) * entry.spec.page_bytes)
         if extents is None:
             self._book.requeue(state)
             return
@@ -333,21 +333,22 @@ class Mover:
         pages = memory.pages_for(state.known + 1)
         if state.parked is not None:
             pages = max(pages, memory.pages_for(state.parked.tokens))
-        found = self._prefixes.hold(state) if state.parked is None else []
+        found = self._prefixes.hold(state) if state.parked is None else Found()
+        missing = pages - len(found.shared)
         # Whoever runs must be able to grow by a page, or the newcomer would be parked at once.
-        if not self._reserve(entry, pages - len(found) + running, keep):
-            memory.kv.give(found)
-            if found and not running and not self.coming_granules():
+        if not self._reserve(entry, missing + running, keep):
+            self._prefixes.let_go(state, found)
+            if found.blocks and not running and not self.coming_granules():
                 # Where they lie they may keep it from ever getting room: without them it does.
                 state.reuse = False
                 self._book.changes += 1
             return False
-        state.pages = found + memory.kv.take(pages - len(found))
+        taken = memory.kv.take(missing)
         state.slot = self._book.ledger.take_slot()
         if state.parked is None:
-            state.phase = "running"
-            self._prefixes.begin(state, len(found))
+            self._prefixes.begin(state, found, taken)
             return True
+        state.pages = taken
         count = memory.pages_for(state.parked.tokens)
         action = self._book.new_id()
         reads = self._book.pending_maps(name, state.pages)
@@ -456,6 +457,8 @@ class Mover:
                 book.models[name].map_fails = 0
             case UnmapKv(model=name, at=at):
                 book.ledger.end_unmap(name, at)
+            case CopyKv() if self._prefixes.ended(action, ok=True):
+                pass
             case CopyKv(to="host"):
                 self._parked(action)
             case CopyKv():
@@ -499,6 +502,8 @@ class Mover:
                 self._map_failed(book.models[name], at, event)
             case UnmapKv(model=name, at=at):
                 book.ledger.fail_unmap(name, at)
+            case CopyKv() if self._prefixes.ended(action, ok=False):
+                pass
             case CopyKv(to="host"):
                 self._park_failed(action)
             case CopyKv():

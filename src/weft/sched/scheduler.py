@@ -404,6 +404,7 @@ class UnitScheduler:
             self._wishes.follow()
         mover.continue_leaving()
         self._wishes.preload()
+        self._prefixes.save()
 
     def _wants_room(self, entry: ModelEntry) -> bool:
         """The model with the turn waits for memory: what comes free is its."""
@@ -522,6 +523,8 @@ def check_book(book: Book) -> None:
         pages[state.request.model] += state.pages
         slots += [] if state.slot is None else [state.slot]
         _check_request(book, state)
+    for action, parts in book.saves.items():
+        pages[book.moves[action].model] += [page for _, page, _ in parts]
     for name, held in pages.items():
         assert Counter(held) == book.memory(name).kv.live, f"{name}: pages leaked"
     assert len(slots) == len(set(slots)) and set(slots) == book.ledger.slots_taken
@@ -561,6 +564,8 @@ def _check_request(book: Book, state: RequestState) -> None:
 
 def _check_shared(book: Book, state: RequestState) -> None:
     """No step in flight writes a page that others may read."""
+    if state.phase == "resuming":
+        return
     memory = book.memory(state.request.model)
     first = state.computed // memory.spec.page_tokens
     for page in state.pages[first:]:
