@@ -14,6 +14,7 @@ from support.campaign import (
     House,
     Tally,
     Wish,
+    cached_bytes,
     count_traces,
     draw_wishes,
     live_in,
@@ -69,13 +70,14 @@ def house_of_fire(
         # `check` is on: with nothing in flight the worker has compared ledger and arena, or died.
         assert house.deaths() == ["killed by signal 9"] * kills
         at_end = store_facts(house)
-        # The images are as they were, and what parking took is free memory again.
+        # The images are as they were, and what parking took is free memory again, but for the
+        # prefix cache.
         assert (at_end.size_bytes, at_end.images_digest) == (
             at_start.size_bytes,
             at_start.images_digest,
         )
         grown = at_end.resident_bytes - at_start.resident_bytes
-        assert grown == 0, "an idle pool keeps memory for parked KV"
+        assert grown <= cached_bytes(house), "an idle pool keeps memory for parked KV"
         asyncio.run(kill_everything(house))
         poll(lambda: not workers_of(house.pool.process.pid), 10.0)
         assert list(house.pool.temp_dir.iterdir()) == []

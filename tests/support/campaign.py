@@ -450,6 +450,12 @@ def nothing_is_held(house: House) -> bool:
     )
 
 
+def cached_bytes(house: House) -> int:
+    """What the prefix cache keeps in the host store."""
+    (unit,) = house.view()["units"]
+    return int(unit["status"]["host_cached_bytes"])
+
+
 @dataclass(frozen=True)
 class StoreFacts:
     """The host store's memfd as the machine sees it."""

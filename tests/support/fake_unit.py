@@ -220,6 +220,9 @@ class FakeScheduler:
     def idle(self) -> bool:
         return False
 
+    def unused_host(self) -> tuple[Extent, ...]:
+        return ()
+
     def mapped(self) -> dict[str, tuple[int, ...]]:
         return {}
 

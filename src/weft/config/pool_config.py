@@ -114,6 +114,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Tokens of one step: bounds how long a prefill keeps the others waiting."""
     max_repeat: int = 16
     """Decode steps launched at once when nothing can change in between."""
+    prefix_cache: bool = True
+    """Keep the KV of finished requests, in room nobody else wants, for requests of the same API key
+    that begin with the same tokens."""
     cpu_threads: int | None = None
     """Threads of a step on the CPU. Default: torch's."""
 

@@ -88,6 +88,8 @@ class UnitStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_granules: int
     host_used_bytes: int
     host_bytes: int
+    host_cached_bytes: int = 0
+    """What the prefix cache keeps there, in room that counts as unused."""
     actions_done: int
     """Progress: actions ended since the unit began."""
     bytes_copied: int

@@ -79,6 +79,10 @@ class ExtentAllocator:
             self.free_bytes -= stop - begin
         return True
 
+    def free(self) -> tuple[Extent, ...]:
+        """What is not taken."""
+        return tuple(Extent(begin, end - begin) for begin, end in self._free)
+
     def give(self, extents: tuple[Extent, ...]) -> None:
         """Return what `take` or `reserve` gave, whole. Raises KeyError if it was not taken."""
         for begin, _ in merge(extents):

@@ -155,6 +155,7 @@ class _Pool:
             max_rows=engine.max_rows,
             max_step_tokens=engine.max_step_tokens,
             max_repeat=engine.max_repeat,
+            prefix_cache=engine.prefix_cache,
             cpu_threads=engine.cpu_threads,
             policy=self._config.policy,
             turn_s=self._config.turn_s,

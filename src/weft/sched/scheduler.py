@@ -33,7 +33,7 @@ from weft.core.events import (
 )
 from weft.core.ids import ActionId, ModelName, RequestId
 from weft.core.model import ModelSpec
-from weft.core.request import Request
+from weft.core.request import Extent, Request
 from weft.core.unit import ModelStatus, UnitSpec, UnitStatus
 from weft.policy.presets import Preset
 from weft.sched import adapters
@@ -456,6 +456,7 @@ class UnitScheduler:
             - book.ledger.extents.free_bytes
             - book.ledger.shelf.held_bytes,
             host_bytes=book.unit.host_bytes,
+            host_cached_bytes=book.ledger.shelf.held_bytes,
             actions_done=book.actions_done,
             bytes_copied=book.bytes_copied,
             waiting=sum(len(entry.members) for entry in book.models.values()),
@@ -500,6 +501,10 @@ class UnitScheduler:
         """Nothing in flight and nobody waiting: both sides of the ledger can be compared."""
         book = self._book
         return not book.requests and not book.steps and not book.moves and not book.interrupts
+
+    def unused_host(self) -> tuple[Extent, ...]:
+        """The region for parked KV without what lies in it."""
+        return self._book.ledger.extents.free()
 
     def mapped(self) -> dict[str, tuple[int, ...]]:
         """What should lie under each virtual range, for Executor.check_integrity when idle."""
@@ -564,7 +569,7 @@ def _check_request(book: Book, state: RequestState) -> None:
 
 def _check_shared(book: Book, state: RequestState) -> None:
     """No step in flight writes a page that others may read."""
-    if state.phase == "resuming":
+    if state.copying:
         return
     memory = book.memory(state.request.model)
     first = state.computed // memory.spec.page_tokens

@@ -29,6 +29,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int = 64
     max_step_tokens: int = 512
     max_repeat: int = 16
+    prefix_cache: bool = True
     cpu_threads: int | None = None
     policy: str = "weft"
     turn_s: float | None = None

@@ -28,6 +28,7 @@ from weft.core.events import (
     Woke,
 )
 from weft.core.ids import ActionId, ModelName, RequestId
+from weft.core.request import Extent
 from weft.engine.base import Executor
 from weft.transport.channel import WorkerChannel
 from weft.transport.messages import (
@@ -66,6 +67,10 @@ class Scheduler(Protocol):
         """Nothing in flight and nobody here."""
         ...
 
+    def unused_host(self) -> tuple[Extent, ...]:
+        """The region for parked KV without what lies in it."""
+        ...
+
 
 class Worker:
     """Joins one scheduler, one executor and the channel to the hub."""
@@ -79,11 +84,12 @@ class Worker:
         *,
         recorder: Recorder | None = None,
         check: bool = False,
-        forget_parked: Callable[[], None] | None = None,
+        forget_parked: Callable[[Sequence[Extent]], None] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """`forget_parked` gives the memory of the region for parked KV back; it is called when
-        the unit has become idle. None where that memory is registered with a device."""
+        """`forget_parked` gives memory of the region for parked KV back; it is called when the
+        unit has become idle, with what is unused then. None where that memory is registered with
+        a device."""
         self._incarnation = incarnation
         self._channel = channel
         self._scheduler = scheduler
@@ -160,14 +166,14 @@ class Worker:
             self._executor.check_integrity(mapped=self._scheduler.mapped())
 
     def _release_parked(self, actions: Sequence[UnitAction]) -> None:
-        """Nobody is parked when nobody is here: what parking took becomes free memory again. What
-        an earlier incarnation parked comes back in the first instant of this one, with its
-        requests, or never."""
+        """Nobody is parked when nobody is here: what parking took becomes free memory again, but
+        for what the prefix cache keeps. What an earlier incarnation parked comes back in the first
+        instant of this one, with its requests, or never."""
         for action in actions:
             if isinstance(action, CopyKv) and action.to == "host":
                 self._may_hold_parked = True
         if self._forget_parked and self._may_hold_parked and self._bound and self._scheduler.idle:
-            self._forget_parked()
+            self._forget_parked(self._scheduler.unused_host())
             self._may_hold_parked = False
 
     def _receive(self) -> list[UnitEvent]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from weft.core.errors import WeftError
+from weft.core.request import Extent
 from weft.core.unit import UnitSpec
 from weft.engine.base import Executor
 from weft.memory.host_store import HostStore
@@ -38,7 +39,7 @@ class BuiltUnit(NamedTuple):
     spec: UnitSpec
     scheduler: Scheduler
     executor: Executor
-    forget_parked: Callable[[], None] | None = None
+    forget_parked: Callable[[Sequence[Extent]], None] | None = None
     """None where the host store is registered with the device."""
 
 
@@ -65,6 +66,7 @@ def build_unit(config: WorkerConfig, host: HostStore) -> BuiltUnit:
         max_rows=config.max_rows,
         max_step_tokens=config.max_step_tokens,
         max_repeat=config.max_repeat,
+        prefix_cache=config.prefix_cache,
     )
     # First what may refuse its arguments: an executor that nobody gets is closed by nobody.
     scheduler = UnitScheduler(spec, preset(config.policy, turn_s=config.turn_s))
@@ -78,8 +80,13 @@ def build_unit(config: WorkerConfig, host: HostStore) -> BuiltUnit:
 
     executor = CpuExecutor(spec, host, threads=config.cpu_threads, verify=config.check)
     # On CUDA the region is registered, and what is registered must not be punched.
-    forget = partial(host.punch, config.host_offset, config.host_bytes)
+    forget = partial(_punch, host)
     return BuiltUnit(facts.name, spec, scheduler, executor, forget)
+
+
+def _punch(host: HostStore, extents: Sequence[Extent]) -> None:
+    for extent in extents:
+        host.punch(extent.offset, extent.num_bytes)
 
 
 def die_with_parent(parent: int) -> None:

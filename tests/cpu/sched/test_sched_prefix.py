@@ -11,6 +11,7 @@ from weft.core.ids import ModelName, RequestId
 from weft.core.model import ModelSpec
 from weft.core.request import Request
 from weft.core.unit import UnitSpec
+from weft.sched.prefix import NO_REQUEST
 from weft.sim.scenario import Body, Outcome, Scenario, random_scenario, run_scenario
 
 KIB = 1024
@@ -182,6 +183,65 @@ def test_cached_pages_make_way_for_weights() -> None:
     assert outcome.finish[RequestId(10)] == "length"
     drops = [t for t, x in outcome.trace if type(x).__name__ == "Drop" and t < outcome.ended_ns]
     assert not drops, "a was sent away though its cache was room enough"
+
+
+SWITCHED = model("a", granules=8), model("b", granules=8)
+"""They do not fit together."""
+
+
+def copies(outcome: Outcome, to: str) -> list[CopyKv]:
+    """Those of the prefix cache."""
+    return [
+        x
+        for _, x in outcome.trace
+        if isinstance(x, CopyKv) and x.to == to and x.request == NO_REQUEST
+    ]
+
+
+def test_a_prefix_outlives_the_switch_of_its_model() -> None:
+    events = [ask(0), ask(1, at_ms=500, name="b"), ask(2, at_ms=1000), ask(3, at_ms=1500)]
+    outcome = live(events, *SWITCHED)
+    assert outcome.cached_tokens == {0: 0, 1: 0, 2: 16, 3: 16}
+    assert starts(outcome, 2)[0] == 16
+    (fetch,) = copies(outcome, "device")
+    assert len(fetch.pages) == 4
+    assert outcome.streams[RequestId(0)] == outcome.streams[RequestId(2)]
+
+
+@pytest.mark.parametrize("changes", [{"host_bytes": 0}, {"host_bytes": 16 * KIB}])
+def test_without_room_in_the_host_store_it_does_not(changes: dict[str, int]) -> None:
+    """A quarter of four pages is one page: the last of the chain, and later its beginning."""
+    events = [ask(0), ask(1, at_ms=500, name="b"), ask(2, at_ms=1000)]
+    outcome = live(events, *SWITCHED, **changes)
+    assert outcome.cached_tokens[RequestId(2)] <= 4
+    assert set(outcome.finish.values()) == {"length"}
+
+
+def test_a_model_that_has_the_device_for_itself_copies_nothing() -> None:
+    assert not copies(live([ask(0), ask(1, at_ms=500)]), "host")
+
+
+def test_what_was_copied_once_is_not_copied_again() -> None:
+    events = [ask(i, at_ms=500 * i, name="ab"[i % 2]) for i in range(8)]
+    outcome = live(events, *SWITCHED)
+    pages = [(x.model, page) for x in copies(outcome, "host") for page in x.pages]
+    # Six pages of each model, prompt and answer; the last one of the answers is not whole.
+    assert len(pages) == 12
+    assert len(copies(outcome, "device")) == 6
+
+
+def test_host_room_goes_to_parked_requests_first() -> None:
+    """The region holds two parked requests; cached pages make way for the second."""
+    events = [
+        ask(0, max_tokens=14),
+        ask(1, at_ms=300, max_tokens=100, prompt=(5, *PROMPT)),
+        ask(2, at_ms=310, max_tokens=100, name="b", prompt=(6, *PROMPT)),
+    ]
+    outcome = live(events, *SWITCHED, host_bytes=248 * KIB)
+    assert set(outcome.finish.values()) == {"length"}
+    assert copies(outcome, "host")
+    for i in (1, 2):
+        assert starts(outcome, i).count(0) == 1, "it was computed twice for want of host room"
 
 
 @settings(max_examples=40, deadline=None)

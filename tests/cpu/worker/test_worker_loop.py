@@ -106,7 +106,7 @@ class World:
             self,
             check=check,
             recorder=recorder,
-            forget_parked=lambda: self.story.append("parked memory forgotten"),
+            forget_parked=self.forget_parked,
             clock=lambda: self.now_ns,
         )
 
@@ -122,6 +122,13 @@ class World:
     @property
     def idle(self) -> bool:
         return self.is_idle
+
+    def unused_host(self) -> tuple[Extent, ...]:
+        return (Extent(8192, 4096),)
+
+    def forget_parked(self, extents: Sequence[Extent]) -> None:
+        assert extents == self.unused_host()
+        self.story.append("parked memory forgotten")
 
     def mapped(self) -> dict[str, tuple[int, ...]]:
         return self.known
