@@ -150,6 +150,12 @@ class PlanReplayer:
         held = [self._mover.hold(row.request, step.plan.model) for row in rows]
         ends = [row.start + row.num_tokens + first + count - 1 for row in rows]
         adapters = sorted({row.adapter for row in rows if row.adapter is not None})
+        for row, h in zip(rows, held, strict=True):
+            if row.start + first > h.tokens:
+                raise ReplayError(
+                    f"request {row.request} begins behind KV that it did not compute: record with "
+                    "engine.prefix_cache: false"
+                )
         follow = self._follow(self._mover.prepare(step.plan.model, held, ends, adapters))
         plan = StepPlan(
             model=step.plan.model,
