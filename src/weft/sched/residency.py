@@ -75,11 +75,16 @@ class Residents:
                 yield entry
 
     def could_free(self, keep: Collection[ModelName]) -> int:
-        """Granules that are free or that idle models could give."""
-        idle = [view for view in self.views() if view.model not in keep]
+        """Granules that are free, that idle models could give, or that hold nothing but what the
+        prefix cache keeps."""
+        views = self.views()
+        idle = [view for view in views if view.model not in keep]
         allowed = self._policy.victims(idle, self._book.now_ns) if self._policy.evicts else []
         return self._book.ledger.free_granules + sum(
-            view.granules for view in idle if view.model in set(allowed)
+            view.granules
+            if view.model in set(allowed)
+            else len(self._book.memory(view.model).kv.empty_granules())
+            for view in views
         )
 
     def to_leave(self) -> list[ModelName]:

@@ -1,7 +1,7 @@
 """Weights that come and go without a request: pinned, preloaded, asked for, idle for too long."""
 
 from weft.policy.presets import Preset
-from weft.sched.book import Book
+from weft.sched.book import Book, ModelEntry
 from weft.sched.moves import Mover
 
 
@@ -18,9 +18,16 @@ class Wishes:
         for entry in self._book.models.values():
             memory = self._book.memory(entry.spec.name)
             wanted = entry.spec.pinned or self._preset.residency.preload
-            fits = memory.weight_granules <= self._book.ledger.free_granules
-            if wanted and fits and self._mover.loadable(entry):
+            if wanted and self._mover.loadable(entry) and self._fits(memory.weight_granules, entry):
                 self._mover.load(entry, "pinned" if entry.spec.pinned else "preload")
+
+    def _fits(self, granules: int, entry: ModelEntry) -> bool:
+        """Whether there is room now. Granules that nobody uses are fetched for it."""
+        if granules <= self._book.ledger.free_granules:
+            return True
+        everybody = self._book.models.keys()
+        room = self._mover.residents.could_free(everybody) + self._mover.coming_granules()
+        return granules <= room and self._mover.make_room(entry.spec.name, granules, everybody)
 
     def follow(self) -> None:
         """Weights come and go without a request: what was asked for, what was idle for too long.
@@ -34,7 +41,7 @@ class Wishes:
             keep = self._mover.residents.busy()
             if not self._mover.loadable(entry):
                 continue
-            if entry.wish == "preload" and need > self._book.ledger.free_granules:
+            if entry.wish == "preload" and not self._fits(need, entry):
                 continue
             if self._mover.residents.could_free(keep) + self._mover.coming_granules() < need:
                 continue

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.core.actions import CopyKv, Run
-from weft.core.events import Assign, Cancel, Submit, Unassign, UnitEvent
+from weft.core.actions import CopyKv, Load, Run
+from weft.core.events import Assign, Cancel, Pin, Submit, Unassign, UnitEvent
 from weft.core.ids import ModelName, RequestId
 from weft.core.model import ModelSpec
 from weft.core.request import Request
@@ -297,3 +297,15 @@ def test_a_new_incarnation_starts_empty() -> None:
 
 
 UNIT = UnitSpec(granule_bytes=64 * KIB, num_granules=12, host_bytes=8 << 20)
+
+
+def test_a_model_that_is_pinned_comes_in_where_only_cached_pages_are() -> None:
+    """The cache has taken all free granules of the device."""
+    events = [
+        ask(i, at_ms=400 * i, prompt=tuple((7 * i + j) % 50 for j in range(100))) for i in range(20)
+    ]
+    pin = (9000 * MS, Pin(model=ModelName("b"), pinned=True))
+    outcome = live([*events, pin, ask(20, at_ms=10_000)], model(), model("b", granules=4))
+    loads = [(t, x.model) for t, x in outcome.trace if isinstance(x, Load)]
+    assert [name for _, name in loads] == ["a", "b"]
+    assert 9000 * MS <= loads[1][0] < 9100 * MS
