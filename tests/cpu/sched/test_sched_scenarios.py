@@ -85,6 +85,7 @@ def test_a_new_incarnation_goes_on_from_the_journal(seed: int, kills_ms: list[in
         body.now_ns = until
         body.executor.advance_to(until)
         body.executor._host = old.executor._host
+        body.executor._expected = old.executor._expected
         again = _resubmissions(scenario, fed, old, until, begun_ns)
         body.parked = {e.request.id: e.resume for _, e in again if _resumes(e)}
         arrivals = again + [(t, e) for t, e in arrivals if t > until]
