@@ -23,21 +23,19 @@ from weft.server.errors import ApiError, bad_request
 from weft.server.keys import KeyRing
 from weft.server.metrics import Metrics
 from weft.server.middleware import RequestIdMiddleware
-from weft.server.routes import ERROR_SCHEMA, Frontend, openai_routes, operator_routes
-from weft.server.schemas import openapi_schemas
+from weft.server.openapi import complete
+from weft.server.routes import Frontend, openai_routes, operator_routes, token_routes
 from weft.server.text import TextService
 
 log = logging.getLogger("weft.server")
 
 
 class _App(FastAPI):
-    """Adds the request bodies, which the routes check themselves, to /openapi.json."""
+    """Adds the bodies, which the routes check and write themselves, to /openapi.json."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
-            document = super().openapi()
-            schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            schemas |= {**openapi_schemas(), "Error": ERROR_SCHEMA}
+            complete(super().openapi())
         assert self.openapi_schema is not None
         return self.openapi_schema
 
@@ -81,6 +79,7 @@ def create_app(
     app.state.keys = keys
     app.state.server_config = config.server
     app.include_router(openai_routes(front))
+    app.include_router(token_routes(front))
     app.include_router(operator_routes(front))
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)

@@ -10,6 +10,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
 MAX_PROMPTS = 128
+MAX_INPUTS = 1024
+"""Of one embeddings request."""
 MAX_CHOICES = 128
 """Choices of one answer: prompts times n."""
 MAX_TOKENS = 1 << 24
@@ -67,16 +69,22 @@ def text_or_list(message: str) -> Discriminator:
     return Discriminator(_arm_or_list, custom_error_type="wrong_form", custom_error_message=message)
 
 
+_FORMS = _either("must be a text, a list of texts, a list of token ids or a list of such lists")
+_PROMPTS = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+_INPUTS = Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[TokenIds, Tag("<ids>")]
-    | Annotated[
-        list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")
-    ]
-    | Annotated[
-        list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<lists>")
-    ],
-    _either("must be a text, a list of texts, a list of token ids or a list of such lists"),
+    | Annotated[list[str], _PROMPTS, Tag("<texts>")]
+    | Annotated[list[TokenIds], _PROMPTS, Tag("<lists>")],
+    _FORMS,
+]
+Inputs = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[TokenIds, Tag("<ids>")]
+    | Annotated[list[str], _INPUTS, Tag("<texts>")]
+    | Annotated[list[TokenIds], _INPUTS, Tag("<lists>")],
+    _FORMS,
 ]
 Stops = Annotated[
     Annotated[Stop, Tag("<text>")]

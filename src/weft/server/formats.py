@@ -21,11 +21,14 @@ ChoiceTexts = Annotated[
 JsonSchema = dict[str, Any]
 
 
-def by_type(*known: str) -> Discriminator:
-    """Tells the forms of an object apart by its `type`; tags are `<type>`."""
+def by_type(*known: str, absent: str | None = None) -> Discriminator:
+    """Tells the forms of an object apart by its `type` (or what its absence means); tags are
+    `<type>`."""
 
     def arm(value: Any) -> str | None:
-        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        kind = (
+            value.get("type", absent) if isinstance(value, dict) else getattr(value, "type", None)
+        )
         return f"<{kind}>" if kind in known else None
 
     return Discriminator(

@@ -174,10 +174,13 @@ RESERVED = frozenset(
 )
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class Conversing(Strict):
     """The fields that a chat template is rendered from."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Messages
     tools: Tools | None = None
     documents: Annotated[list[Document], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None = (
         None
@@ -203,9 +206,10 @@ class Conversing(Strict):
 
     def conversation(self) -> "Conversation":
         """Raises ApiError 400."""
+        messages = self.messages or []
         documents = [document.model_dump(exclude_none=True) for document in self.documents or ()]
         return Conversation(
-            messages=[message.plain(f"messages[{i}]") for i, message in enumerate(self.messages)],
+            messages=[message.plain(f"messages[{i}]") for i, message in enumerate(messages)],
             tools=[tool.plain() for tool in self.tools or ()],
             documents=documents,
             args=dict(self.chat_template_kwargs or {}),

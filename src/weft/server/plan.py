@@ -149,9 +149,13 @@ def prompt_entries(given: object) -> list[str | list[int]]:
     return [given] if isinstance(given[0], int) else given
 
 
-def encode_entry(text: TextModel, card: ModelCard, entry: str | list[int]) -> tuple[int, ...]:
+def encode_entry(
+    text: TextModel, card: ModelCard, entry: str | list[int], param: str = "prompt"
+) -> tuple[int, ...]:
     """Raises ApiError."""
-    return text.encode_prompt(entry) if isinstance(entry, str) else check_ids(entry, card)
+    if isinstance(entry, str):
+        return text.encode_prompt(entry, param=param)
+    return check_ids(entry, card, param)
 
 
 def check_ids(ids: Sequence[int], card: ModelCard, param: str = "prompt") -> tuple[int, ...]:
@@ -212,7 +216,7 @@ class _Maker:
     ) -> None:
         self._request = request
         self._card = card
-        self._tenant = tenant_of(asker, request)
+        self._tenant = tenant_of(asker, request.cache_salt)
         self._sampling = sampling_of(request, card, logprobs=request.top(), grammar=grammar)
         self._prompt_logprobs = request.prompt_logprobs
         self._echoes_logprobs = False
@@ -271,17 +275,21 @@ def room_for(card: ModelCard, prompt: Sequence[int], wanted: int | None) -> int:
     room = card.max_context_tokens - len(prompt)
     max_tokens = wanted if wanted is not None else max(room, 1)
     if max_tokens > room:
-        message = (
-            f"model {card.name!r} has a context of {card.max_context_tokens} tokens; the prompt "
-            f"has {len(prompt)} and {max_tokens} more were asked for"
-        )
-        raise from_reply(ReplyError(code=CONTEXT_LENGTH, message=message))
+        raise context_error(card, len(prompt), max_tokens)
     return max_tokens
 
 
-def tenant_of(asker: Asker, request: Drawn) -> str:
+def context_error(card: ModelCard, prompt_tokens: int, max_tokens: int) -> ApiError:
+    message = (
+        f"model {card.name!r} has a context of {card.max_context_tokens} tokens; the prompt "
+        f"has {prompt_tokens} and {max_tokens} more were asked for"
+    )
+    return from_reply(ReplyError(code=CONTEXT_LENGTH, message=message))
+
+
+def tenant_of(asker: Asker, salt: str | None) -> str:
     """Keys cannot hold a zero character, so no key and salt look like another pair."""
-    return asker.tenant if request.cache_salt is None else f"{asker.tenant}\0{request.cache_salt}"
+    return asker.tenant if salt is None else f"{asker.tenant}\0{salt}"
 
 
 def choice_seed(seed: int, index: int) -> int:

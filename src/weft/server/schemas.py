@@ -3,9 +3,9 @@
 Checks that need the model (context length, vocabulary) are in `plan.py`.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from weft.server.fields import (
@@ -121,14 +121,3 @@ class ChatRequest(Common, Conversing):
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs: true")
         return self
-
-
-def openapi_schemas() -> dict[str, Any]:
-    """JSON Schemas of the request bodies by name, for the OpenAPI document's components."""
-    schemas: dict[str, Any] = {}
-    models: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest)
-    for model in models:
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= schema.pop("$defs", {})
-        schemas[model.__name__] = schema
-    return schemas

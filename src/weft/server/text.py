@@ -245,16 +245,17 @@ class TextService:
     def __init__(self, *, threads: int = TEXT_THREADS, limit_s: float = TEXT_LIMIT_S) -> None:
         self._limit_s = limit_s
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weft-text")
-        self._models: dict[str, asyncio.Task[TextModel]] = {}
+        self._models: dict[str, tuple[ModelCard, asyncio.Task[TextModel]]] = {}
         self._lanes: dict[str, asyncio.Semaphore] = {}
         self._waiting = 0
 
     async def model(self, card: ModelCard) -> TextModel:
-        """The model's text side, read at first use. Raises ApiError 503 when it is broken."""
-        task = self._models.get(card.name)
-        if task is None:
+        """The model's text side, read at first use and when its card has changed. Raises ApiError
+        503 when it is broken."""
+        known, task = self._models.get(card.name, (None, None))
+        if task is None or known != card:
             task = asyncio.get_running_loop().create_task(self._load(card))
-            self._models[card.name] = task
+            self._models[card.name] = (card, task)
         try:
             return await asyncio.shield(task)
         except WeftError as error:
@@ -293,7 +294,7 @@ class TextService:
             self._waiting -= 1
 
     def close(self) -> None:
-        for task in self._models.values():
+        for _, task in self._models.values():
             task.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
