@@ -138,7 +138,8 @@ def _explain(error: ValidationError) -> ApiError:
         return bad_request(f"unknown field `{param}`", param=param, code="unknown_parameter")
     if detail["type"] == "missing":
         return bad_request(f"`{param}` is required", param=param, code="missing_parameter")
-    return bad_request(f"`{param}`: {detail['msg']}", param=param, code="invalid_value")
+    message = f"`{param}`: {detail['msg']}" if param else detail["msg"]
+    return bad_request(message, param=param or None, code="invalid_value")
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

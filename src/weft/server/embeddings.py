@@ -15,7 +15,7 @@ from weft.server import wire
 from weft.server.body import unsupported
 from weft.server.choice import Choice, Piece
 from weft.server.errors import ApiError
-from weft.server.fields import MAX_NAME_CHARS, MAX_PRIORITY, MAX_TOKENS, Inputs, Strict, Whole
+from weft.server.fields import MAX_NAME_CHARS, MAX_PRIORITY, MAX_TOKENS, Inputs, Strict, whole
 from weft.server.plan import (
     Asker,
     Plan,
@@ -36,9 +36,9 @@ class EmbeddingRequest(Strict):
     model: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
     input: Inputs
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[Whole, Field(ge=1, le=MAX_TOKENS)] | None = None
+    dimensions: whole(1, MAX_TOKENS) | None = None
     """Only the model's own number."""
-    priority: Annotated[Whole, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    priority: whole(-MAX_PRIORITY, MAX_PRIORITY) | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)] | None = None
 
 

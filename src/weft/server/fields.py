@@ -33,12 +33,16 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+def whole(low: int, high: int) -> Any:
+    """The type of a whole number within bounds, both included."""
+    return Annotated[int, Field(ge=low, le=high), BeforeValidator(_whole)]
+
+
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Name = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
-TopLogprobs = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
+TopLogprobs = whole(0, MAX_LOGPROBS)
 
 
 def _arm(value: Any) -> str | None:
@@ -91,6 +95,10 @@ Stops = Annotated[
     | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), Tag("<list>")],
     text_or_list(f"must be a text or a list of at most {MAX_STOPS} texts"),
 ]
+
+
+CLOSED: dict[str, Any] = {"additionalProperties": False}
+"""Of a dictionary whose keys have a pattern: no other keys."""
 
 
 class Strict(BaseModel):

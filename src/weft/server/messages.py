@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from weft.server.errors import bad_request
 from weft.server.fields import (
+    CLOSED,
     MAX_DESCRIPTION_CHARS,
     MAX_DOCUMENTS,
     MAX_MESSAGES,
@@ -20,7 +21,7 @@ from weft.server.fields import (
     Content,
     Name,
     Strict,
-    Whole,
+    whole,
 )
 from weft.server.formats import JsonSchema
 
@@ -40,7 +41,7 @@ class ToolCall(Strict):
     id: Name | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: Whole | None = None
+    index: whole(0, MAX_TOOL_CALLS) | None = None
 
     def plain(self, where: str) -> dict[str, Any]:
         """With the arguments as an object, as templates want them. Raises ApiError 400."""
@@ -187,7 +188,8 @@ class Conversing(Strict):
     )
     chat_template_kwargs: (
         Annotated[
-            dict[TemplateKey, TemplateValue], Field(max_length=MAX_TEMPLATE_ARGS, fail_fast=True)
+            dict[TemplateKey, TemplateValue],
+            Field(max_length=MAX_TEMPLATE_ARGS, json_schema_extra=CLOSED),
         ]
         | None
     ) = None

@@ -209,6 +209,11 @@ ANSWERS: dict[str, Schema] = {
     "Ready": record(ready={"type": "boolean"}),
 }
 
+_EVENT: Schema = {
+    "type": "object",
+    "description": "One event of the stream; `data` is JSON, or [DONE].",
+    "properties": {"data": TEXT, "event": TEXT},
+}
 _ERROR_BODY = {"application/json": {"schema": ref("Error")}}
 _REFUSALS = {
     400: "The request is wrong; `param` names the place.",
@@ -239,7 +244,7 @@ def documented(
     schema = TEXT if "/" in answer else ref(answer)
     content: dict[str, Any] = {media: {"schema": schema}}
     if streams:
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {"schema": _EVENT}
     extra: dict[str, Any] = {}
     errors = dict(_COMMON)
     if request is not None:

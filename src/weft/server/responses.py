@@ -20,8 +20,8 @@ from weft.server.fields import (
     MAX_TOOLS,
     Name,
     Strict,
-    Whole,
     text_or_list,
+    whole,
 )
 from weft.server.formats import (
     JsonObjectFormat,
@@ -173,7 +173,7 @@ class ResponseRequest(Drawn):
 
     input: Input
     instructions: str | None = None
-    max_output_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_output_tokens: whole(1, MAX_TOKENS) | None = None
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: (
         Annotated[

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from weft.server.fields import (
+    CLOSED,
     MAX_BIASES,
     MAX_CHOICES,
     MAX_NAME_CHARS,
@@ -20,7 +21,7 @@ from weft.server.fields import (
     Strict,
     TokenId,
     TopLogprobs,
-    Whole,
+    whole,
 )
 from weft.server.formats import Shaped
 from weft.server.messages import Conversing, ToolChoice
@@ -37,6 +38,7 @@ class StreamOptions(Strict):
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 BiasedId = Annotated[str, Field(pattern=r"^[0-9]{1,8}$")]
+Biases = Annotated[dict[BiasedId, Bias], Field(max_length=MAX_BIASES, json_schema_extra=CLOSED)]
 
 
 class Drawn(Strict):
@@ -45,16 +47,17 @@ class Drawn(Strict):
     model: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    top_k: whole(-1, MAX_TOKENS) | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    seed: whole(-(1 << 63), (1 << 63) - 1) | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: (
-        Annotated[dict[BiasedId, Bias], Field(max_length=MAX_BIASES, fail_fast=True)] | None
+        Annotated[dict[BiasedId, Bias], Field(max_length=MAX_BIASES, json_schema_extra=CLOSED)]
+        | None
     ) = None
-    priority: Annotated[Whole, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    priority: whole(-MAX_PRIORITY, MAX_PRIORITY) | None = None
     """Lower runs earlier."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)] | None = None
     """Prompts share cached prefixes only with those of the same key and salt."""
@@ -63,9 +66,9 @@ class Drawn(Strict):
 class Common(Drawn, Shaped):
     """The fields of both generating routes."""
 
-    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKENS)] | None = None
-    min_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKENS)] | None = None
+    n: whole(1, MAX_CHOICES) | None = None
+    max_tokens: whole(1, MAX_TOKENS) | None = None
+    min_tokens: whole(0, MAX_TOKENS) | None = None
     stop: Stops | None = None
     stop_token_ids: (
         Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS, fail_fast=True)] | None
@@ -88,10 +91,10 @@ class CompletionRequest(Common):
     """POST /v1/completions."""
 
     prompt: Prompt
-    max_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_tokens: whole(0, MAX_TOKENS) | None = None
     logprobs: TopLogprobs | None = None
     echo: bool | None = None
-    best_of: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: whole(1, MAX_CHOICES) | None = None
     """Only equal to n: every choice that is drawn is returned."""
 
     def top(self) -> int | None:
@@ -109,7 +112,7 @@ class ChatRequest(Common, Conversing):
 
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    max_completion_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: whole(1, MAX_TOKENS) | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from weft.core.errors import HTTP_STATUS
 from weft.server import body, fields
 from weft.server.body import IGNORED, UNSUPPORTED
-from weft.server.schemas import ChatRequest, CompletionRequest, StreamOptions
+from weft.server.openapi import REQUESTS
+from weft.server.schemas import StreamOptions
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
@@ -20,7 +21,7 @@ def names_after(start: str) -> set[str]:
     return set(re.findall(r"`([a-z_]+)`", line))
 
 
-@pytest.mark.parametrize("schema", [ChatRequest, CompletionRequest, StreamOptions])
+@pytest.mark.parametrize("schema", [*REQUESTS, StreamOptions])
 def test_every_served_field_is_named(schema: type[BaseModel]) -> None:
     named = set(re.findall(r"`([a-z_]+)(?:: [a-z0-9]+)?`", TEXT))
     assert set(schema.model_fields) - named == set()
