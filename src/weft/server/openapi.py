@@ -271,6 +271,7 @@ def complete(document: dict[str, Any]) -> None:
         structs.values(), ref_template="#/components/schemas/{name}"
     )
     schemas |= parts | ANSWERS
+    schemas["Health"]["required"] = ["healthy"]  # all that strangers see where there are keys
     for name, root in zip(structs, roots, strict=True):
         if root != ref(name):
             schemas[name] = root

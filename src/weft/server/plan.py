@@ -134,7 +134,7 @@ async def plan_completion(asker: Asker, request: CompletionRequest) -> Plan:
     return _plan(
         request,
         card,
-        maker.all(prompts, max(wanted, 1)),
+        maker.all(prompts, maker.least if wanted == 0 else wanted),
         text.decode,
         partial(CompletionWriter, form),
         silent=wanted == 0,
@@ -266,7 +266,7 @@ class _Maker:
             ignore_eos=bool(request.ignore_eos) or scores,
             priority=request.priority or 0,
             tenant=self._tenant,
-            prompt_logprobs=self._prompt_logprobs if index == 0 else None,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 

@@ -200,10 +200,25 @@ def test_a_prompt_is_scored_as_harnesses_do(folder: Path, max_tokens: int, strea
             for score, top in zip(scores[1:], choice["top_logprobs"][1:], strict=False)
         )
     assert hub.opened[0].prompt_logprobs == 1
-    assert hub.opened[0].max_tokens == 1
-    assert hub.opened[0].ignore_eos and hub.opened[0].stop_ids == ()
+    assert hub.opened[0].max_tokens == max_tokens
+    if max_tokens:
+        assert hub.opened[0].ignore_eos and hub.opened[0].stop_ids == ()
     if not stream:
         assert reply.json()["usage"]["completion_tokens"] == 2 * max_tokens
+
+
+def test_every_choice_has_the_prompts_logprobs(folder: Path) -> None:
+    choices = post(hub_of(folder), TEXT, prompt="ab", echo=True, logprobs=0, n=2).json()["choices"]
+    scores = [choice["logprobs"]["token_logprobs"] for choice in choices]
+    assert scores[0] == scores[1] and len(scores[0]) > 2
+
+
+def test_nothing_is_said_with_max_tokens_0(folder: Path) -> None:
+    hub = hub_of(folder)
+    reply = post(hub, TEXT, prompt="ab", max_tokens=0).json()
+    assert reply["choices"][0]["text"] == "" and reply["usage"]["completion_tokens"] == 0
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert hub.opened[0].max_tokens == 1  # the hub draws at least one token where nothing is scored
 
 
 def test_echo_without_logprobs_is_the_text(folder: Path) -> None:
