@@ -228,6 +228,12 @@ class _Maker:
             self._echoes_logprobs = True
             self._prompt_logprobs = max(logprobs, self._prompt_logprobs or 0)
 
+    @property
+    def least(self) -> int:
+        """max_tokens where nothing is to be said: the hub scores a prompt without drawing, and
+        draws one token for the asking where there is nothing else to do."""
+        return 1 if self._prompt_logprobs is None else 0
+
     def all(self, prompts: Sequence[tuple[int, ...]], wanted: int | None) -> tuple[NewRequest, ...]:
         """For every prompt n requests. Without a seed every prompt gets its own. Raises
         ApiError."""
