@@ -4,13 +4,17 @@ little memory: tokens, log probabilities, prompt scores and embeddings equal the
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from support.answers import Answer, plain_answer, random_sampling, same_logprobs
 from support.engine_kit import Engine, TinyModel, tiny_models, unit_for
+from support.fake_device import FakeDevice
+from support.oracle import oracle
 from support.plain import PlainModel
 from support.unit_kit import UnitRun
 from weft.core.actions import CopyKv, UnitAction
@@ -18,6 +22,7 @@ from weft.core.errors import WeftError
 from weft.core.ids import ModelName, RequestId
 from weft.core.request import Request
 from weft.core.unit import UnitSpec
+from weft.engine.cuda_executor import CudaExecutor
 
 MODELS = {
     "a": {"tokenizer": True},
@@ -97,9 +102,13 @@ def kinds_of(request: Request, answer: Answer) -> set[str]:
 
 
 def play(
-    models: dict[str, TinyModel], spec: UnitSpec, requests: list[Request], rng: Random
+    models: dict[str, TinyModel],
+    spec: UnitSpec,
+    requests: list[Request],
+    rng: Random,
+    **options: Any,
 ) -> UnitRun:
-    with Engine(models, spec, threads=1) as engine:
+    with Engine(models, spec, threads=1, **options) as engine:
         unit = UnitRun(engine)
         left = list(requests)
         while left or not unit.idle:
@@ -112,12 +121,14 @@ def play(
         return unit
 
 
-def check_all(folder: Path, seed: int, count: int, **fields: int) -> list[UnitAction]:
+def check_all(
+    folder: Path, seed: int, count: int, options: dict[str, Any] | None = None, **fields: int
+) -> tuple[list[UnitAction], set[str]]:
     models = tiny_models(folder, MODELS, dtype="float64", page_tokens=8)
     plain = {name: PlainModel(model.path, "float64") for name, model in models.items()}
     rng = Random(seed)
     requests = [random_request(i, models, rng) for i in range(count)]
-    unit = play(models, tight(models, **fields), requests, rng)
+    unit = play(models, tight(models, **fields), requests, rng, **options or {})
     seen: set[str] = set()
     for request in requests:
         try:
@@ -127,15 +138,55 @@ def check_all(folder: Path, seed: int, count: int, **fields: int) -> list[UnitAc
             continue
         check_answer(unit, request, want)
         seen |= kinds_of(request, want)
-    missing = EVERY_KIND - seen
-    assert not missing, f"nobody asked for {missing}"
-    return unit.actions
+    return unit.actions, seen
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_every_answer_equals_its_plain_answer(tmp_path: Path, depth: int) -> None:
-    actions = check_all(tmp_path, depth, 40, depth=depth, max_step_tokens=24)
+    actions, seen = check_all(tmp_path, depth, 40, depth=depth, max_step_tokens=24)
+    assert seen >= EVERY_KIND, f"nobody asked for {EVERY_KIND - seen}"
     assert sum(isinstance(a, CopyKv) and a.to == "device" for a in actions) >= 2
+
+
+def test_every_answer_equals_its_plain_answer_on_the_cuda_executor(tmp_path: Path) -> None:
+    """On a stand-in for the device: what is shared with CUDA but for kernels and streams."""
+    options = {"make": CudaExecutor, "device": FakeDevice(7), "verify": True}
+    check_all(tmp_path, 11, 40, options, depth=2, max_step_tokens=24)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prompt_scores_and_embeddings_are_those_of_transformers(tmp_path: Path, seed: int) -> None:
+    """In float32, in chunks, beside others."""
+    rng = Random(seed)
+    shape = rng.choice([{}, {"family": "qwen2"}, {"tied": True}, {"family": "qwen3"}])
+    models = tiny_models(tmp_path, {"a": shape}, dtype="float32")
+    vocab = models["a"].arch.vocab_size
+    prompts = [tuple(rng.randrange(vocab) for _ in range(rng.randint(2, 90))) for _ in range(6)]
+    kinds: list[dict[str, Any]] = [{"prompt_logprobs": 5}, {"embed": "last"}, {"embed": "mean"}]
+    requests = [
+        Request(id=RequestId(i), model=ModelName("a"), prompt=p, max_tokens=0, **kinds[i % 3])
+        for i, p in enumerate(prompts)
+    ]
+    unit = play(models, unit_for(models, max_step_tokens=16), requests, rng)
+    theirs = oracle(models["a"].path)
+    for request in requests:
+        with torch.inference_mode():
+            out = theirs(torch.tensor([request.prompt]), output_hidden_states=True)
+        if request.prompt_logprobs is not None:
+            want = torch.log_softmax(out.logits[0, :-1].float(), dim=-1)
+            for i, got in enumerate(unit.prompt_logprobs[request.id]):
+                assert got.token == request.prompt[i + 1]
+                assert abs(got.logprob - float(want[i, got.token])) < 2e-4
+                top = want[i].topk(5).values.tolist()
+                np.testing.assert_allclose([v for _, v in got.top], top, atol=2e-4)
+            assert i + 2 == len(request.prompt)
+            continue
+        states = out.hidden_states[-1][0].numpy()
+        wanted = states[-1] if request.embed == "last" else states.mean(0)
+        parts = [np.frombuffer(p, dtype="<f4") for p in unit.embeddings[request.id]]
+        got_state = np.sum(parts, axis=0)
+        got_state /= 1 if request.embed == "last" else len(request.prompt)
+        np.testing.assert_allclose(got_state, wanted, atol=2e-4)
 
 
 @pytest.mark.slow
