@@ -27,7 +27,8 @@ from weft.engine.adjust import (
 )
 from weft.engine.logprobs import score, unpack
 from weft.engine.sampler import SamplingBatch, sample
-from weft.grammar.matchers import Matchers, Vocabulary
+from weft.grammar.matchers import Matchers
+from weft.grammar.tokenizers import Vocabulary
 
 
 @dataclass

@@ -223,6 +223,7 @@ class CudaExecutor:
             thread.join()
         self._device.synchronize()
         for lane in self._lanes:
+            lane.runner.close()
             while lane.ready:
                 self._book.end(failure(lane.ready.popleft().id, ExecutorClosed()))
         while self._end_passed():

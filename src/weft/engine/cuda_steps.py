@@ -37,13 +37,16 @@ class Steps:
         self._model, self._begin, self._fail = find_model, begin, fail
 
     def launch_ready(self, lane: Lane) -> None:
-        """Launch steps in order, up to one whose load has not queued all its copies yet."""
+        """Launch steps in order, up to one whose load has not queued all its copies yet, or whose
+        grammar waits for its tokenizer."""
         while lane.ready:
             action = lane.ready[0]
             try:
                 progress = self._book.following(action)
                 model = self._model(action.plan.model)
                 if progress is not None and progress.extents < len(model.layout.extents):
+                    return
+                if not lane.runner.ready(model, action.plan, self._book.wake):
                     return
                 lane.ready.popleft()
                 self._begin(action)

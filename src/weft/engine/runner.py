@@ -36,7 +36,8 @@ from weft.engine.prompts import report_prompts, scored_positions
 from weft.engine.sampler import SamplingBatch, sample
 from weft.engine.staging import Buffers, page_entries, stage_rows, stop_table
 from weft.engine.step import Step
-from weft.grammar.matchers import Matchers, Vocabulary
+from weft.grammar.matchers import Matchers
+from weft.grammar.tokenizers import Vocabulary
 from weft.models.decoder import LayerStates
 
 LogitsTap = Callable[[StepPlan, int, torch.Tensor], None]
@@ -76,6 +77,17 @@ class Runner:
         self._matchers = Matchers()
         # depth steps in flight and the one being prepared.
         self._ring = [Buffers(unit, device) for _ in range(unit.depth + 1)]
+
+    def ready(self, model: BoundModel, plan: StepPlan, tell: Callable[[], None]) -> bool:
+        """Whether `iterate` will not be held up by reading the model's tokenizer for a grammar. If
+        it would be, a thread reads it and calls `tell`; ask again then."""
+        if not any(row.sample is not None and row.sample.grammar for row in plan.rows):
+            return True
+        return self._matchers.tokenizers.ready(_vocabulary(model), tell)
+
+    def close(self) -> None:
+        """Nothing is told any more."""
+        self._matchers.tokenizers.close()
 
     @torch.inference_mode()
     def prepare(self, model: BoundModel, plan: StepPlan) -> Step:
@@ -245,10 +257,7 @@ class Runner:
     def _masks(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
         """Sampling rows with a grammar and int64 pairs of mask words for each; notes rows that are
         complete or cannot go on, whose draw is void."""
-        model = step.model
-        vocabulary = Vocabulary(
-            model.image.tokenizer or "", model.arch.vocab_size, model.spec.eos_ids
-        )
+        vocabulary = _vocabulary(step.model)
         places: list[int] = []
         masks: list[np.ndarray] = []
         for i, j in enumerate(step.sampling_rows):
@@ -287,3 +296,7 @@ class Runner:
             starts=tuple(start + done for start in step.row_starts),
             num_tokens=step.row_tokens,
         )
+
+
+def _vocabulary(model: BoundModel) -> Vocabulary:
+    return Vocabulary(model.image.tokenizer or "", model.arch.vocab_size, model.spec.eos_ids)

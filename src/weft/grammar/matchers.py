@@ -7,60 +7,20 @@ it answers depends on grammar and output alone.
 Shape legend: W 32-bit words of a mask, one bit a token id, lowest bit first.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
 from weft.core.errors import WeftError
 from weft.core.request import Grammar
+from weft.grammar.recent import Recent
 from weft.grammar.source import limits, refuse_broken, source
+from weft.grammar.tokenizers import Tokenizers, Vocabulary
 
-MAX_TOKENIZERS = 16
 MAX_COMPILED = 64
 MAX_MATCHERS = 512
-MAX_TOKENIZER_BYTES = 128 << 20
-
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
-
-
-class _Recent(Generic[K, V]):
-    """The `size` values used last."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[K, V] = OrderedDict()
-
-    def get(self, key: K, make: Callable[[], V]) -> V:
-        """May raise what `make` raises."""
-        if key not in self._values:
-            self._values[key] = make()
-            if len(self._values) > self._size:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """How a model's ids are to be read."""
-
-    path: str
-    """Its tokenizer.json."""
-    size: int
-    """Ids the model has logits for; may be more or less than the tokenizer knows."""
-    eos_ids: tuple[int, ...]
-
-    @property
-    def words(self) -> int:
-        return -(-self.size // 32)
 
 
 @dataclass
@@ -74,9 +34,9 @@ class Matchers:
     """Used by one thread at a time. Bounded: the least recently used are forgotten."""
 
     def __init__(self, max_matchers: int = MAX_MATCHERS) -> None:
-        self._tokenizers: _Recent[Vocabulary, Any] = _Recent(MAX_TOKENIZERS)
-        self._compiled: _Recent[tuple[Vocabulary, Grammar], Any] = _Recent(MAX_COMPILED)
-        self._states: _Recent[int, _State] = _Recent(max_matchers)
+        self.tokenizers = Tokenizers()
+        self._compiled: Recent[tuple[Vocabulary, Grammar], Any] = Recent(MAX_COMPILED)
+        self._states: Recent[int, _State] = Recent(max_matchers)
 
     def mask(
         self,
@@ -100,7 +60,7 @@ class Matchers:
         mask[:count] = bits[:count]
         if vocabulary.size % 32:
             mask[-1] &= np.uint32((1 << vocabulary.size % 32) - 1)
-        tokenizer = self._tokenizers.get(vocabulary, lambda: _tokenizer(vocabulary))
+        tokenizer = self.tokenizers.get(vocabulary)
         ends = [t for t in (*stop_ids, *vocabulary.eos_ids, *tokenizer.eos_tokens)]
         for token in _inside(ends, vocabulary):
             mask[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
@@ -140,7 +100,7 @@ class Matchers:
     def _compile(self, vocabulary: Vocabulary, grammar: Grammar) -> Any:
         from llguidance import LLMatcher
 
-        tokenizer = self._tokenizers.get(vocabulary, lambda: _tokenizer(vocabulary))
+        tokenizer = self.tokenizers.get(vocabulary)
         matcher = LLMatcher(tokenizer, source(grammar), log_level=0, limits=limits())
         refuse_broken(matcher)
         return matcher
@@ -148,21 +108,3 @@ class Matchers:
 
 def _inside(ids: Iterable[int], vocabulary: Vocabulary) -> list[int]:
     return [token for token in ids if 0 <= token < vocabulary.size]
-
-
-def _tokenizer(vocabulary: Vocabulary) -> Any:
-    """Raises WeftError for a tokenizer.json that is missing or cannot be read."""
-    from llguidance import LLTokenizer
-
-    path = Path(vocabulary.path)
-    try:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise WeftError(f"{path}: larger than {MAX_TOKENIZER_BYTES >> 20} MiB")
-        text = path.read_text(encoding="utf-8")
-        eos = list(vocabulary.eos_ids) or None
-        tokenizer = LLTokenizer(text, eos_token=eos)
-        if tokenizer.vocab_size < vocabulary.size:
-            tokenizer = LLTokenizer(text, n_vocab=vocabulary.size, eos_token=eos)
-    except (OSError, ValueError) as error:
-        raise WeftError(f"{path}: no tokenizer for grammars: {error}") from None
-    return tokenizer

@@ -3,6 +3,7 @@ questions."""
 
 import json
 import re
+import threading
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -14,8 +15,9 @@ import pytest
 from support.tiny import EOS_ID, write_tokenizer
 from weft.core.errors import WeftError
 from weft.core.request import Grammar
-from weft.grammar.matchers import Matchers, Vocabulary
+from weft.grammar.matchers import Matchers
 from weft.grammar.source import check_grammar
+from weft.grammar.tokenizers import Tokenizers, Vocabulary
 
 SIZE = 512
 
@@ -244,6 +246,23 @@ def test_outputs_that_do_not_fit_and_tokenizers_that_are_none(
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(WeftError, match="no tokenizer for grammars"):
         Matchers().mask(Vocabulary(str(tmp_path / "tokenizer.json"), 10, ()), 0, grammar, (), ())
+
+
+def test_a_tokenizer_is_read_by_a_thread_and_its_end_is_told(
+    vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    told = threading.Event()
+    tokenizers = Tokenizers()
+    while not tokenizers.ready(vocabulary, told.set):
+        assert told.wait(20)
+    assert tokenizers.get(vocabulary).vocab_size == SIZE
+    told.clear()
+    missing = Vocabulary(str(tmp_path / "none"), 10, ())
+    while not tokenizers.ready(missing, told.set):
+        assert told.wait(20)
+    with pytest.raises(WeftError, match="no tokenizer"):
+        tokenizers.get(missing)
+    tokenizers.close()
 
 
 def test_blanks_in_json_come_to_an_end(vocabulary: Vocabulary) -> None:
