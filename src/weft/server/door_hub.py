@@ -49,7 +49,10 @@ class DoorHub:
         if visit.key is not None:
             self._check(visit, visit.key, new)
             priority = new.priority if visit.key.priority is None else visit.key.priority
-            new = msgspec.structs.replace(new, tenant=visit.key.tenant, priority=priority)
+            # A salt of the request's own, behind the key's tenant, stays.
+            own = new.tenant.partition("\0")[0] == visit.key.tenant
+            tenant = new.tenant if own else visit.key.tenant
+            new = msgspec.structs.replace(new, tenant=tenant, priority=priority)
         request, chunks = self._hub.open(new)
         if visit.key is not None:
             visit.key.limits.charge_tokens(len(new.prompt))

@@ -139,6 +139,10 @@ class PoolCollector(Collector):
             "free_granules": ("weft_granules_free", "Granules that nobody holds."),
             "host_bytes": ("weft_parked_kv_capacity_bytes", "Host bytes for parked KV."),
             "host_used_bytes": ("weft_parked_kv_bytes", "Host bytes that hold parked KV."),
+            "host_cached_bytes": (
+                "weft_prefix_host_bytes",
+                "Host bytes that hold what the prefix cache keeps.",
+            ),
         }
         counters = {
             "actions_done": ("weft_actions", "Actions the executor has ended."),
@@ -163,12 +167,24 @@ class PoolCollector(Collector):
             "weight_granules": ("weft_model_weight_granules", "Granules under the weights."),
             "kv_granules": ("weft_model_kv_granules", "Granules under the KV cache."),
             "kv_pages_used": ("weft_model_kv_pages_used", "KV pages in use."),
+            "kv_pages_cached": (
+                "weft_model_kv_pages_cached",
+                "KV pages that the prefix cache keeps and nobody uses.",
+            ),
+            "host_pages_cached": (
+                "weft_model_host_pages_cached",
+                "KV pages that the prefix cache keeps in host memory.",
+            ),
         }
         counters = {
             "switches_in": ("weft_switches_in", "Times the model's weights came in."),
             "switches_out": ("weft_switches_out", "Times the model's weights were dropped."),
             "prompt_tokens": ("weft_unit_prompt_tokens", "Prompt tokens the unit has computed."),
             "output_tokens": ("weft_unit_output_tokens", "Tokens the unit has drawn."),
+            "prefix_hit_tokens": (
+                "weft_prefix_hit_tokens",
+                "Positions whose KV was found in the prefix cache instead of computed.",
+            ),
         }
         for fields, family in ((gauges, GaugeMetricFamily), (counters, CounterMetricFamily)):
             for field, (name, text) in fields.items():
