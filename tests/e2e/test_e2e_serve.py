@@ -75,7 +75,8 @@ def test_a_broken_checkpoint_fails_alone(pool: PoolProcess) -> None:
         assert reply.status_code == 503, reply.text
         assert reply.json()["error"]["code"] == "model_failed"
     assert httpx.get(f"{pool.url}/ready").status_code == 200
-    assert "broken failed" in pool.log() and "nowhere failed" in pool.log()
+    for name in ("broken", "nowhere"):
+        assert f"model={name} state=failed" in pool.log()
 
 
 MALFORMED: list[bytes] = [

@@ -3,9 +3,11 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,18 +18,22 @@ import httpx
 
 TESTS = Path(__file__).resolve().parents[1]
 START_S = 60.0
-LOG, TEMP = "pool.log", "temp"
+LOG, TEMP, CONFIG = "pool.log", "temp", "pool.json"
 
 
 class PoolProcess:
     """A running pool. `url` is where it listens; its log is in `log_file`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, folder: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], url: str, folder: Path, runtime_dir: Path
+    ) -> None:
         self.process = process
         self.url = url
         self.log_file = folder / LOG
         self.temp_dir = folder / TEMP
         """What the pool takes for the machine's folder of temporary files."""
+        self.config_file = folder / CONFIG
+        self.admin_socket = runtime_dir / "weft" / f"admin-{url.rpartition(':')[2]}.sock"
 
     def worker_pids(self) -> list[int]:
         """Worker processes of this pool that live now."""
@@ -42,6 +48,16 @@ class PoolProcess:
                 continue
             return True
         return False
+
+    def admin(self, timeout_s: float = 60.0) -> httpx.Client:
+        """A client of the admin plane."""
+        transport = httpx.HTTPTransport(uds=str(self.admin_socket))
+        return httpx.Client(transport=transport, base_url="http://admin", timeout=timeout_s)
+
+    def configure(self, **changes: Any) -> None:
+        """Write other top keys into the configuration file; nothing reads it yet."""
+        config = json.loads(self.config_file.read_text())
+        self.config_file.write_text(json.dumps({**config, **changes}))
 
     def client(self, timeout_s: float = 60.0) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None)
@@ -81,17 +97,21 @@ def running_pool(
             "device": "cpu",
             "device_memory": "8M",
             "host_memory": "64M",
+            "spare_host_memory": "0",
             "cpu_threads": 1,
             **(engine or {}),
         },
         "server": {"port": 0, **(server or {})},
         **top,
     }
-    file, log_file = folder / "pool.json", folder / LOG
+    file, log_file = folder / CONFIG, folder / LOG
     file.write_text(json.dumps(config))
     (folder / TEMP).mkdir()
+    # Of its own, so that nothing is left in the temporary files, and short: a socket's path is.
+    runtime_dir = Path(tempfile.mkdtemp(prefix="weft-test-", dir="/tmp"))
     environment = {
         **os.environ,
+        "XDG_RUNTIME_DIR": str(runtime_dir),
         "PYTHONPATH": os.pathsep.join(
             [str(TESTS.parent / "src"), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
         ),
@@ -108,7 +128,7 @@ def running_pool(
     try:
         url = process.stdout.readline().decode().strip()
         assert url.startswith("http://"), f"the pool did not start:\n{log_file.read_text()}"
-        yield PoolProcess(process, url, folder)
+        yield PoolProcess(process, url, folder, runtime_dir)
     finally:
         if process.poll() is None:
             process.terminate()
@@ -118,6 +138,7 @@ def running_pool(
                 process.kill()
                 process.wait()
         process.stdout.close()
+        shutil.rmtree(runtime_dir)
 
 
 def poll(condition: Any, timeout_s: float, pool: PoolProcess | None = None) -> None:

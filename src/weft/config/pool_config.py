@@ -26,6 +26,7 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_MODELS = 1024
 MAX_ALIASES = 64
 MAX_ADAPTERS = 1024
+TOOL_PARSERS = ("hermes", "llama3_json", "mistral", "mistral_args", "generic")
 _KEY_HASH = re.compile(r"^sha256:[0-9a-f]{64}$")
 
 
@@ -69,6 +70,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     adapters: tuple[AdapterConfig, ...] = ()
     """LoRA adapters on this model. Each is served as a model of its own name and shares the
     weights of this one."""
+    tool_parser: str | None = None
+    """How it writes function calls: hermes, llama3_json, mistral, mistral_args or generic.
+    Default: what its chat template teaches it."""
     pooling: Pooling = "last"
     """How `/v1/embeddings` makes one vector of a text: the last token's state, or the mean."""
 
@@ -173,6 +177,7 @@ def _check(config: PoolConfig, source: str) -> None:
     if not 1 <= len(config.models) <= MAX_MODELS:
         raise WeftError(f"{source}: `$.models` needs 1 to {MAX_MODELS} entries")
     _check_names(config, source)
+    _check_models(config, source)
     check_server(config.server, source)
     for path, value, low, high in _bounds(config):
         if value is not None and not low <= value <= high:
@@ -192,6 +197,13 @@ def _check(config: PoolConfig, source: str) -> None:
         raise WeftError(f"{source}: `$.admin.key_hash` is not sha256: and 64 hexadecimal digits")
     if config.admin.port is not None and key is None:
         raise WeftError(f"{source}: `$.admin.port` needs `admin.key_hash` beside it")
+
+
+def _check_models(config: PoolConfig, source: str) -> None:
+    for i, model in enumerate(config.models):
+        if model.tool_parser not in (None, *TOOL_PARSERS):
+            known = ", ".join(TOOL_PARSERS)
+            raise WeftError(f"{source}: `$.models[{i}].tool_parser` is none of {known}")
 
 
 def _check_names(config: PoolConfig, source: str) -> None:

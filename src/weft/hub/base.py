@@ -8,7 +8,13 @@ import msgspec
 
 from weft.core.errors import ReplyError
 from weft.core.ids import RequestId
-from weft.core.request import FinishReason, Pooling, Sampling, TokenLogprobs
+from weft.core.request import (
+    FinishReason,
+    Pooling,
+    Sampling,
+    SamplingDefaults,
+    TokenLogprobs,
+)
 from weft.core.unit import UnitStatus
 
 
@@ -62,6 +68,10 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """How its embeddings are made."""
     tool_parser: str | None = None
     """How it writes function calls, where its chat template does not tell."""
+    defaults: SamplingDefaults = SamplingDefaults()
+    """For requests that do not say."""
+    chat_template: str | None = None
+    """Path of a file with a Jinja template instead of the checkpoint's own."""
     failed: str | None = None
     """Why the model cannot be served (a broken checkpoint); its requests get 503 model_failed."""
 

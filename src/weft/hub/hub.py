@@ -249,11 +249,14 @@ class PoolHub:
             events.append(ev.ModelRemoved(model=before))
         self._handle(events)
 
-    def add_failed_model(self, card: ModelCard) -> None:
+    def add_failed_model(self, card: ModelCard, below: ModelName | None = None) -> None:
         """A model of the configuration that cannot be served; `card.failed` says why."""
-        below = ModelName(card.name)
-        self._models.put(card, below)
-        self._handle([ev.ModelFailed(model=below, reason=card.failed or "failed")])
+        below = below or ModelName(card.name)
+        events: list[ev.PoolEvent] = [ev.ModelFailed(model=below, reason=card.failed or "failed")]
+        before = self._models.put(card, below)
+        if before is not None:
+            events.append(ev.ModelRemoved(model=before))
+        self._handle(events)
 
     def change_model(self, card: ModelCard, spec: ModelSpec) -> None:
         """Other aliases, defaults and wishes for a model that is served; the weights stay."""

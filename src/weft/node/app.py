@@ -6,44 +6,35 @@ and a worker is up. Workers start while the images are being built.
 
 import asyncio
 import logging
-import os
 import socket
-import threading
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
-
-import msgspec
+from typing import Any
 
 from weft.config.pool_config import PoolConfig
 from weft.config.values import parse_bytes
 from weft.core.errors import WeftError
-from weft.hub.base import ModelCard
 from weft.hub.hub import PoolHub
 from weft.memory.host_store import HostStore
 from weft.memory.limits import host_store_bytes, memory_limit_bytes
 from weft.node.agent import WORKER_COMMAND, NodeAgent
-from weft.node.images import (
-    BuildStopped,
-    FailedModel,
-    ServedModel,
-    StorePlan,
-    build,
-    by_image,
-    plan_store,
-)
+from weft.node.catalog import Catalog
+from weft.node.images import StorePlan, plan_store
+from weft.node.operator import PoolOperator, Reload
+from weft.node.reloads import reloads
 from weft.policy.dispatch.least_loaded import LeastLoaded
 from weft.pool.scheduler import PoolScheduler
 from weft.pool.units import Limits
+from weft.server.admin import create_admin_app, serve_admin
+from weft.server.admin_socket import default_socket
 from weft.server.app import create_app
 from weft.server.binding import check_bind
-from weft.server.serve import listen, serve
-from weft.transport.messages import BindModel, WorkerConfig
+from weft.server.serve import listen, serve, url_of
+from weft.transport.messages import WorkerConfig
 
 log = logging.getLogger("weft.node")
-
-BUILD_THREADS = min(8, os.cpu_count() or 1)
 
 
 def run_pool(
@@ -55,16 +46,19 @@ def run_pool(
     on_ready: Callable[[str], None] | None = None,
     check: bool = False,
     worker_command: Sequence[str] = WORKER_COMMAND,
+    reload: Reload | None = None,
+    config_file: Path | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. Must run in the main thread: workers die with the thread
     that started them.
 
     `base_dir` is where the models' relative paths start. `on_ready` gets the URL once connections
-    are taken. `check` has the workers verify checksums and ledgers (for tests). Raises WeftError
+    are taken. `reload` reads the configuration again, `config_file` is what it reads. `check` has
+    the workers verify checksums and ledgers (for tests). Raises WeftError
     when nothing can be served at all.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    pool = _Pool(config, base_dir, trace_dir, check, worker_command)
+    pool = _Pool(config, base_dir, trace_dir, check, worker_command, reload, config_file)
     asyncio.run(pool.run(insecure=insecure, on_ready=on_ready))
 
 
@@ -76,13 +70,16 @@ class _Pool:
         trace_dir: Path | None,
         check: bool,
         worker_command: Sequence[str],
+        reload: Reload | None,
+        config_file: Path | None,
     ) -> None:
         self._config = config
         self._base_dir = base_dir
         self._trace_dir = trace_dir
         self._check = check
         self._worker_command = worker_command
-        self._stop_building = threading.Event()
+        self._reload = reload
+        self._config_file = config_file
 
     async def run(self, *, insecure: bool, on_ready: Callable[[str], None] | None) -> None:
         server = self._config.server
@@ -97,7 +94,12 @@ class _Pool:
         server = self._config.server
         asked = self._config.engine.host_memory
         budget = host_store_bytes(parse_bytes(asked) if asked else None, memory_limit_bytes())
-        plan = await asyncio.to_thread(plan_store, self._config, self._base_dir, budget)
+        plan = await asyncio.to_thread(
+            partial(plan_store, spare_bytes=self._spare_bytes()),
+            self._config,
+            self._base_dir,
+            budget,
+        )
         if not plan.models:
             raise WeftError(f"no model can be served: {plan.failed[0].reason}")
         host = HostStore.create(plan.store_bytes)
@@ -106,10 +108,10 @@ class _Pool:
         scheduler = PoolScheduler(LeastLoaded(), limits)
         hub = PoolHub(scheduler, agent, hold_s=server.hold_s)
         agent.connect(hub)
-        _add_models(hub, plan)
+        catalog = Catalog(self._config, self._base_dir, plan, host, hub)
         app = create_app(hub, self._config, base_dir=self._base_dir)
         hub.add_unit(0)
-        building = asyncio.create_task(self._build_images(plan, host, hub))
+        building = asyncio.create_task(catalog.run_builds())
         stop = asyncio.Event()
         refusals: list[str] = []
 
@@ -120,17 +122,9 @@ class _Pool:
         agent.on_refused = refuse
         building.add_done_callback(lambda done: _report(done, refuse))
         try:
-            await serve(
-                app,
-                server.host,
-                server.port,
-                insecure=insecure,
-                on_ready=on_ready,
-                stop=stop,
-                sock=sock,
-            )
+            await self._serve(sock, app, hub, catalog, insecure, on_ready, stop)
         finally:
-            self._stop_building.set()
+            catalog.stop_building()
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([building])
             hub.close()
@@ -163,32 +157,69 @@ class _Pool:
             check=self._check,
         )
 
-    async def _build_images(self, plan: StorePlan, host: HostStore, hub: PoolHub) -> None:
-        """One after the other, each with several threads; the event loop stays live."""
-        loop = asyncio.get_running_loop()
+    def _spare_bytes(self) -> int | None:
+        """Kept for images of models that come later; none where no model can."""
+        asked = self._config.engine.spare_host_memory
+        if asked is not None:
+            return parse_bytes(asked)
+        return None if self._reload is not None or self._config.admin.model_roots else 0
 
-        def progress(_: int) -> None:
-            if self._stop_building.is_set():
-                raise BuildStopped
-            loop.call_soon_threadsafe(hub.note_progress)
+    async def _serve(
+        self,
+        sock: socket.socket,
+        app: Any,
+        hub: PoolHub,
+        catalog: Catalog,
+        insecure: bool,
+        on_ready: Callable[[str], None] | None,
+        stop: asyncio.Event,
+    ) -> None:
+        """The public server, and beside it, once it has its port, the admin plane."""
+        server = self._config.server
+        ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        public = asyncio.create_task(
+            serve(
+                app,
+                server.host,
+                server.port,
+                insecure=insecure,
+                on_ready=ready.set_result,
+                stop=stop,
+                sock=sock,
+            )
+        )
+        waits: set[asyncio.Future[Any]] = {public, ready}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if not ready.done():
+            await public
+            return
+        try:
+            async with self._admin(hub, catalog, ready.result(), stop.set):
+                if on_ready is not None:
+                    on_ready(ready.result())
+                await asyncio.wait({public})
+        finally:
+            stop.set()
+            await public
 
-        for group in by_image(plan.models):
-            first = group[0]
-            begin_s = time.monotonic()
-            try:
-                reason = await asyncio.to_thread(build, first, host, progress, BUILD_THREADS)
-            except BuildStopped:
-                return
-            for model in group:
-                name = model.config.name
-                if reason is None:
-                    seconds = time.monotonic() - begin_s
-                    size = model.image.num_bytes / 1e6
-                    log.info("model=%s is ready image_mb=%.1f build_s=%.2f", name, size, seconds)
-                    hub.model_ready(name)
-                else:
-                    log.error("model=%s failed: %s", name, reason)
-                    hub.model_failed(name, reason)
+    @asynccontextmanager
+    async def _admin(
+        self, hub: PoolHub, catalog: Catalog, url: str, stop: Callable[[], None]
+    ) -> AsyncIterator[None]:
+        """Commands on a private socket. SIGHUP and a changed file reload as a command would."""
+        admin, port = self._config.admin, int(url.rpartition(":")[2])
+        path = self._base_dir / admin.socket if admin.socket else default_socket(port)
+        operator = PoolOperator(hub, catalog, self._base_dir, reload=self._reload, stop=stop)
+        tcp = None
+        if admin.port is not None:
+            tcp = listen(self._config.server.host, admin.port)
+            log.info("admin=serving url=%s", url_of(tcp))
+        app = create_admin_app(operator)
+        async with (
+            serve_admin(app, path, tcp, admin.key_hash),
+            reloads(operator, self._config_file),
+        ):
+            yield
 
 
 def _report(building: "asyncio.Task[None]", refuse: Callable[[str], None]) -> None:
@@ -198,42 +229,3 @@ def _report(building: "asyncio.Task[None]", refuse: Callable[[str], None]) -> No
     if error is not None:
         log.error("building weight images failed", exc_info=error)
         refuse(f"weight images cannot be built: {type(error).__name__}: {error}")
-
-
-def _add_models(hub: PoolHub, plan: StorePlan) -> None:
-    now_s = int(time.time())
-    for model in plan.models:
-        image = msgspec.structs.replace(model.image, tokenizer=str(model.path / "tokenizer.json"))
-        bind = BindModel(model=model.spec, arch=model.arch, image=image)
-        hub.add_model(_card(model, now_s), bind)
-    for failed in plan.failed:
-        log.error("model=%s failed: %s", failed.config.name, failed.reason)
-        hub.add_failed_model(_failed_card(failed, now_s))
-
-
-def _card(model: ServedModel, now_s: int) -> ModelCard:
-    spec = model.spec
-    return ModelCard(
-        name=spec.name,
-        path=str(model.path),
-        created_s=now_s,
-        max_context_tokens=spec.max_context_tokens,
-        vocab_size=spec.vocab_size,
-        eos_ids=spec.eos_ids,
-        ttft_slo_s=spec.ttft_slo_s,
-        tbt_slo_s=spec.tbt_slo_s,
-    )
-
-
-def _failed_card(model: FailedModel, now_s: int) -> ModelCard:
-    return ModelCard(
-        name=model.config.name,
-        path=str(model.path),
-        created_s=now_s,
-        max_context_tokens=0,
-        vocab_size=0,
-        eos_ids=(),
-        ttft_slo_s=model.config.ttft_slo_s or 0.0,
-        tbt_slo_s=model.config.tbt_slo_s or 0.0,
-        failed=model.reason,
-    )

@@ -1,6 +1,7 @@
 """Which models there are, where their weight images lie in the host store, and building them.
 
-    0 .. images_bytes            weight images, one after the other, each at a multiple of 2 MiB
+    0 .. images_bytes            weight images, each at a multiple of 2 MiB
+    .. places.room_bytes         room for images of models that are added later
     parked_offset .. store_bytes parked KV (of all units of the node)
 
 A model that cannot be served (unknown class, broken or too large checkpoint) gets a reason instead
@@ -10,7 +11,7 @@ of a place; the others are not touched by it.
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -56,69 +57,169 @@ class StorePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     models: tuple[ServedModel, ...]
     failed: tuple[FailedModel, ...]
-    images_bytes: int
+    places: "ImagePlaces"
     parked_offset: int
     parked_bytes: int
+
+    @property
+    def images_bytes(self) -> int:
+        """Where the images end now."""
+        return self.places.end_bytes
 
     @property
     def store_bytes(self) -> int:
         return self.parked_offset + self.parked_bytes
 
 
-def plan_store(config: PoolConfig, base_dir: Path, budget_bytes: int) -> StorePlan:
-    """Read every model's config and headers, and give out the host store. Reads no weights."""
+class ImagePlaces:
+    """Which image lies where in the first `room_bytes` of the store, and how many models use it.
+
+    A place that comes free is given to the next image that fits. Where the store is registered
+    with a device its memory is overwritten then; it must not be punched in between.
+    """
+
+    def __init__(self, room_bytes: int) -> None:
+        self.room_bytes = room_bytes
+        self._images: dict[str, ImageRef] = {}
+        self._users: dict[str, int] = {}
+
+    @property
+    def end_bytes(self) -> int:
+        """Where the last image ends."""
+        return max((image.offset + image.num_bytes for image in self._images.values()), default=0)
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(image.num_bytes for image in self._images.values())
+
+    def take(self, key: str, num_bytes: int) -> ImageRef | None:
+        """A place for one more user of this image, in the first gap that is large enough; None if
+        there is none."""
+        image = self._images.get(key)
+        if image is None:
+            offset = 0
+            for other in sorted(self._images.values(), key=lambda image: image.offset):
+                if offset + num_bytes <= other.offset:
+                    break
+                offset = _align(other.offset + other.num_bytes, IMAGE_ALIGN)
+            if offset + num_bytes > self.room_bytes:
+                return None
+            image = self._images[key] = ImageRef(key=key, offset=offset, num_bytes=num_bytes)
+        self._users[key] = self._users.get(key, 0) + 1
+        return image
+
+    def give(self, key: str) -> ImageRef | None:
+        """One user less. Returns the image when that was the last one: its place is free."""
+        self._users[key] -= 1
+        if self._users[key]:
+            return None
+        del self._users[key]
+        return self._images.pop(key)
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a model's files before their weights are read."""
+
+    path: Path
+    arch: Architecture
+    key: str
+    """Of its image: changes when the files change."""
+    num_bytes: int
+    """Of its image."""
+    eos_ids: tuple[int, ...]
+
+
+def model_path(model: ModelConfig, base_dir: Path) -> Path:
+    # Not Path.resolve: that raises on a link that leads to itself.
+    return Path(os.path.realpath(base_dir / model.path))
+
+
+def read_checkpoint(model: ModelConfig, base_dir: Path) -> Checkpoint:
+    """Read config and headers, no weights. Raises WeftError, OSError."""
+    path = model_path(model, base_dir)
+    arch = read_model_config(path, model.dtype)
+    return Checkpoint(
+        path=path,
+        arch=arch,
+        key=_key(path, arch),
+        num_bytes=image_layout(arch).num_bytes,
+        eos_ids=read_eos_ids(path),
+    )
+
+
+def make_served(
+    model: ModelConfig, config: PoolConfig, found: Checkpoint, image: ImageRef, below: str
+) -> ServedModel:
+    """`below`: the name of these weights in the scheduler (see `hub.models`). Raises WeftError."""
+    return ServedModel(
+        config=model,
+        path=found.path,
+        spec=_spec(model, config, found, image, below),
+        arch=found.arch,
+        image=image,
+    )
+
+
+def plan_store(
+    config: PoolConfig, base_dir: Path, budget_bytes: int, *, spare_bytes: int | None = 0
+) -> StorePlan:
+    """Read every model's config and headers, and give out the host store. Reads no weights.
+
+    `spare_bytes` are kept for images of models that are added later; None: a quarter of what the
+    images leave.
+    """
     served: list[ServedModel] = []
     failed: list[FailedModel] = []
-    images: dict[str, ImageRef] = {}
-    end = 0
+    places = ImagePlaces(budget_bytes)
     for model in config.models:
-        # Not Path.resolve: that raises on a link that leads to itself, here still outside the try.
-        path = Path(os.path.realpath(base_dir / model.path))
         try:
-            arch = read_model_config(path, model.dtype)
-            key = _key(path, arch)
-            image = images.get(key)
+            found = read_checkpoint(model, base_dir)
+            image = places.take(found.key, found.num_bytes)
             if image is None:
-                size = image_layout(arch).num_bytes
-                if _align(end, IMAGE_ALIGN) + size > budget_bytes:
-                    raise WeftError(
-                        f"{path}: {size >> 20} MiB of weights do not fit the host store of "
-                        f"{budget_bytes >> 20} MiB beside the models before it; raise "
-                        "engine.host_memory"
-                    )
-                image = ImageRef(key=key, offset=_align(end, IMAGE_ALIGN), num_bytes=size)
-                images[key] = image
-                end = image.offset + size
-            spec = _spec(model, config, arch, path, image)
+                raise WeftError(
+                    f"{found.path}: {found.num_bytes >> 20} MiB of weights do not fit the host "
+                    f"store of {budget_bytes >> 20} MiB beside the models before it; raise "
+                    "engine.host_memory"
+                )
+            try:
+                served.append(make_served(model, config, found, image, model.name))
+            except (WeftError, OSError):
+                places.give(found.key)
+                raise
         except (WeftError, OSError) as error:
+            path = model_path(model, base_dir)
             failed.append(FailedModel(config=model, path=path, reason=str(error)))
-        else:
-            served.append(ServedModel(config=model, path=path, spec=spec, arch=arch, image=image))
-    parked_bytes = _floor(budget_bytes - end, 4096)
-    parked_offset = _align(end, 4096)
+    end = places.end_bytes
+    left = budget_bytes - end
+    spare = left // 4 if spare_bytes is None else min(spare_bytes, left)
+    places.room_bytes = end + _floor(spare, 4096)
+    parked_bytes = _floor(budget_bytes - places.room_bytes, 4096)
+    parked_offset = _align(places.room_bytes, 4096)
     if parked_offset + parked_bytes > CHUNK_BYTES:
         # Whole chunks of its own. The hole before it takes no memory: the store is sparse.
-        parked_offset = _align(end, CHUNK_BYTES)
+        parked_offset = _align(places.room_bytes, CHUNK_BYTES)
     return StorePlan(
         models=tuple(served),
         failed=tuple(failed),
-        images_bytes=end,
+        places=places,
         parked_offset=parked_offset,
         parked_bytes=parked_bytes,
     )
 
 
 def _spec(
-    model: ModelConfig, config: PoolConfig, arch: Architecture, path: Path, image: ImageRef
+    model: ModelConfig, config: PoolConfig, found: Checkpoint, image: ImageRef, below: str
 ) -> ModelSpec:
-    ttft_s, tbt_s = model.ttft_slo_s, model.tbt_slo_s
+    ttft_s, tbt_s, keep_s = model.ttft_slo_s, model.tbt_slo_s, model.keep_alive_s
     return model_spec(
-        model.name,
-        arch,
+        below,
+        found.arch,
         weight_bytes=image.num_bytes,
-        eos_ids=read_eos_ids(path),
+        eos_ids=found.eos_ids,
         max_context_tokens=model.max_context_tokens,
         pinned=model.pinned,
+        preload=model.preload,
+        keep_alive_s=config.keep_alive_s if keep_s is None else keep_s,
         weight=model.weight,
         ttft_slo_s=config.slo.ttft_s if ttft_s is None else ttft_s,
         tbt_slo_s=config.slo.tbt_s if tbt_s is None else tbt_s,
@@ -137,8 +238,10 @@ def _key(path: Path, arch: Architecture) -> str:
 def build(
     model: ServedModel, host: HostStore, progress: Callable[[int], None], threads: int
 ) -> str | None:
-    """Write the model's image into the store. Returns None, or why it cannot be served; the
-    place is a hole again then. For a thread: numpy lets go of the interpreter while it copies."""
+    """Write the model's image into the store. Returns None, or why it cannot be served.
+
+    For a thread: numpy lets go of the interpreter while it copies.
+    """
     image = model.image
     try:
         with open_checkpoint(model.path) as checkpoint:
@@ -146,7 +249,7 @@ def build(
             build_image(checkpoint, model.arch, view, progress, threads)
         if _key(model.path, model.arch) == image.key:
             return None
-        reason = f"{model.path}: changed while it was read; start again when it is complete"
+        reason = f"{model.path}: changed while it was read; reload when it is complete"
     except BuildStopped:
         raise
     except (WeftError, OSError) as error:
@@ -155,16 +258,7 @@ def build(
         # A checkpoint that trips our reader is a fault of one model, not of the pool.
         log.exception("building the image of %s failed", model.config.name)
         reason = f"{model.path}: cannot be read: {type(error).__name__}: {error}"
-    host.punch(image.offset, image.num_bytes)
     return reason
-
-
-def by_image(models: Sequence[ServedModel]) -> list[list[ServedModel]]:
-    """Models that share one image, in the order of their first."""
-    groups: dict[str, list[ServedModel]] = {}
-    for model in models:
-        groups.setdefault(model.image.key, []).append(model)
-    return list(groups.values())
 
 
 def _align(value: int, to: int) -> int:

@@ -121,7 +121,9 @@ async def plan_completion(asker: Asker, request: CompletionRequest) -> Plan:
         return prompts, echoes
 
     prompts, echoes = await asker.texts.run(card.name, prepare)
-    wanted = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    wanted = request.max_tokens
+    if wanted is None and card.defaults.max_tokens is None:
+        wanted = DEFAULT_COMPLETION_TOKENS
     form = _form(request, card, text)
     maker = _Maker(asker, request, card, wish[0] if wish else None)
     if request.echo:
@@ -277,9 +279,11 @@ class _Maker:
 
 
 def room_for(card: ModelCard, prompt: Sequence[int], wanted: int | None) -> int:
-    """max_tokens: as wanted, or the rest of the context. Raises ApiError when it does not fit."""
+    """max_tokens: as wanted, or the model's default, or the rest of the context. Raises ApiError
+    when it does not fit."""
     room = card.max_context_tokens - len(prompt)
-    max_tokens = wanted if wanted is not None else max(room, 1)
+    default = room if card.defaults.max_tokens is None else min(card.defaults.max_tokens, room)
+    max_tokens = wanted if wanted is not None else max(default, 1)
     if max_tokens > room:
         raise context_error(card, len(prompt), max_tokens)
     return max_tokens
@@ -314,15 +318,18 @@ def sampling_of(
     """Seeds are 63 bits: a negative one is folded, a missing one is drawn here, once, so that a
     request that is run again draws the same tokens. Raises ApiError."""
 
-    def or_default(value: float | None, default: float) -> float:
-        return default if value is None else value
+    def or_default(*values: float | None) -> float:
+        return next((value for value in values if value is not None), 0.0)
+
+    defaults = card.defaults
+    top_k = defaults.top_k if request.top_k is None else request.top_k
 
     return Sampling(
-        temperature=or_default(request.temperature, DEFAULT_TEMPERATURE),
-        top_p=or_default(request.top_p, 1.0),
-        top_k=max(request.top_k or 0, 0),
+        temperature=or_default(request.temperature, defaults.temperature, DEFAULT_TEMPERATURE),
+        top_p=or_default(request.top_p, defaults.top_p, 1.0),
+        top_k=max(top_k or 0, 0),
         seed=secrets.randbits(63) if request.seed is None else request.seed % (1 << 63),
-        min_p=or_default(request.min_p, 0.0),
+        min_p=or_default(request.min_p, defaults.min_p, 0.0),
         presence_penalty=or_default(request.presence_penalty, 0.0),
         frequency_penalty=or_default(request.frequency_penalty, 0.0),
         repetition_penalty=or_default(request.repetition_penalty, 1.0),

@@ -111,9 +111,11 @@ class Frontend:
         return name if isinstance(name, str) and name in known else UNKNOWN_MODEL
 
 
-def _model_entry(card: ModelCard) -> dict[str, Any]:
+def _model_entry(card: ModelCard, name: str) -> dict[str, Any]:
+    """Under its name or an alias; `root` says whose alias, as vLLM has it."""
     return {
-        "id": card.name,
+        "id": name,
+        "root": card.name,
         "object": "model",
         "created": card.created_s,
         "owned_by": "weft",
@@ -126,14 +128,19 @@ def openai_routes(front: Frontend) -> APIRouter:
 
     @router.get("/models", **documented(None, "ModelList"))
     async def list_models() -> JSONResponse:
-        entries = [_model_entry(card) for card in front.hub.models() if card.failed is None]
+        entries = [
+            _model_entry(card, name)
+            for card in front.hub.models()
+            if card.failed is None
+            for name in (card.name, *card.aliases)
+        ]
         return JSONResponse({"object": "list", "data": entries})
 
     @router.get("/models/{name:path}", **documented(None, "Model"))
     async def get_model(name: str) -> JSONResponse:
         cards = {card.name: card for card in front.hub.models()}
         card = cards[name] if name in cards else find_model(front.hub, name)
-        return JSONResponse(_model_entry(card))
+        return JSONResponse(_model_entry(card, name))
 
     @router.post("/chat/completions", **documented(ChatRequest, "ChatAnswer", streams=True))
     async def chat_completions(request: Request) -> Response:

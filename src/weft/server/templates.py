@@ -190,10 +190,15 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The template's source: chat_template.jinja, else tokenizer_config.json's string or the entry
-    `default` of its list. None when the model has none. Raises WeftError."""
-    file = folder / "chat_template.jinja"
+def find_template(
+    folder: Path, tokenizer_config: Mapping[str, Any], *, own: str | None = None
+) -> str | None:
+    """The template's source: `own`, a file, else chat_template.jinja, else the string in
+    tokenizer_config.json or the entry `default` of its list. None when the model has none. Raises
+    WeftError."""
+    file = Path(own) if own is not None else folder / "chat_template.jinja"
+    if own is not None and not file.is_file():
+        raise WeftError(f"{file}: no such file; chat_template names it")
     if file.is_file():
         if file.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
             raise WeftError(f"{file}: larger than {4 * MAX_TEMPLATE_CHARS} bytes")

@@ -64,7 +64,7 @@ class TextModel:
         self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
         self._names = TokenNames(self._tokenizer)
         config = _read_config(folder / "tokenizer_config.json")
-        source = find_template(folder, config)
+        source = find_template(folder, config, own=card.chat_template)
         self.has_template = source is not None
         self._specials = _special_ids(self._tokenizer)
         self._guard = Guard(list(self._specials))
