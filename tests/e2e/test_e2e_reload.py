@@ -170,7 +170,8 @@ def test_sighup_and_a_watched_file_reload(pool: PoolProcess) -> None:
 def test_load_unload_and_pin(pool: PoolProcess) -> None:
     assert command(pool, "load", model="bee", wait_s=30)["state"] == "resident"
     assert command(pool, "unload", model="bee", wait_s=30)["state"] == "absent"
-    assert ids(pool, "bee") and state(pool, "bee") == "resident"
+    assert ids(pool, "bee")
+    poll(lambda: state(pool, "bee") == "resident", 10, pool)
     assert command(pool, "pin", model="bee")["pinned"]
     assert "unpin" in refused(pool, "unload", model="bee")
     assert not command(pool, "unpin", model="bee")["pinned"]

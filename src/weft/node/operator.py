@@ -160,8 +160,19 @@ class PoolOperator:
         }
         return next((state for state in order if state in states), "absent")
 
+    def _reported_ns(self, name: str) -> float:
+        """The oldest report among units that know the model; none does: it is nowhere, for sure."""
+        times = [
+            unit.status.at_ns
+            for unit in self._hub.view().units
+            if unit.status and any(model.name == name for model in unit.status.models)
+        ]
+        return min(times, default=float("inf"))
+
     async def _wait(self, name: str, ends: set[str], wait_s: float) -> str:
-        """Until its state is one of these. Raises WeftError when it fails on the way."""
+        """Until its state is one of these, by a report that is younger than the command. Raises
+        WeftError when it fails on the way."""
+        begin_ns = time.monotonic_ns()
         deadline_s = time.monotonic() + wait_s
         while True:
             card = self._hub.find(name)
@@ -170,6 +181,7 @@ class PoolOperator:
             state = self._state(name)
             if state == "failed":
                 raise WeftError(f"{name} cannot be loaded; `weft ps` says why")
-            if state in ends or time.monotonic() >= deadline_s:
+            done = state in ends and self._reported_ns(name) >= begin_ns
+            if done or time.monotonic() >= deadline_s:
                 return state
             await asyncio.sleep(POLL_S)

@@ -196,9 +196,10 @@ ANSWERS: dict[str, Schema] = {
     "Detokenized": record(prompt=TEXT),
     "Model": {
         "type": "object",
-        "required": ["id", "object", "created", "owned_by", "max_model_len"],
+        "required": ["id", "root", "object", "created", "owned_by", "max_model_len"],
         "properties": {
             "id": TEXT,
+            "root": TEXT,
             "object": fixed("model"),
             "created": WHOLE,
             "owned_by": TEXT,
