@@ -191,3 +191,29 @@ def test_checksums() -> None:
     memory[4096 + 17] ^= 4
     changed = device_sums(memory, offsets, size).tolist()
     assert changed[1] != sums[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "transposed"),
+    [(3584, 4608, False), (3584, 3584, True), (18944, 3584, True), (1024, 152064, False)],
+)
+def test_products_of_few_rows(
+    dtype: torch.dtype, inputs: int, outputs: int, transposed: bool
+) -> None:
+    """Against float32, and the same bits every time, whichever program comes last."""
+    from weft.kernels.skinny import Scratch, skinny_mm
+
+    scratch = Scratch.make(torch.device("cuda"))
+    scratch.parts.fill_(float("nan"))
+    weight = torch.randn(outputs, inputs, device="cuda", dtype=dtype) / inputs**0.5
+    weight_IO = weight.t().contiguous() if transposed else weight.t()
+    bias = torch.randn(outputs, device="cuda", dtype=dtype)
+    for rows in (1, 7, 32):
+        x = torch.randn(rows, inputs, device="cuda", dtype=dtype)
+        ref = x.float() @ weight_IO.float() + bias.float()
+        first = skinny_mm(x, weight_IO, bias, scratch)
+        assert relative_error(first, ref) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+        for _ in range(20):
+            assert torch.equal(skinny_mm(x, weight_IO, bias, scratch), first)
+    assert not scratch.counts.any()

@@ -35,7 +35,7 @@ MAX_GRAPHS = 512
 
 def buckets(max_rows: int) -> tuple[int, ...]:
     """At most ten batch sizes, ascending; the last is max_rows."""
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size < max_rows]
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 192, 256) if size < max_rows]
     return (*sizes[-9:], max_rows)
 
 

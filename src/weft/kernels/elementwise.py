@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from weft.core.model import Activation
+from weft.kernels.skinny import MAX_ROWS, MIN_INPUTS, Scratch, skinny_mm
 
 
 @triton.jit
@@ -208,6 +209,10 @@ def _norm(
     return out_TH
 
 
+SKINNY_WEIGHTS = 4 << 20
+"""Elements from which on few rows are multiplied by `skinny_mm`; cuBLAS wins below."""
+
+
 class TritonOps:
     """`models.ops.Ops` by the kernels above; for tensors with a unit stride in the last axis."""
 
@@ -232,6 +237,28 @@ class TritonOps:
     ) -> torch.Tensor:
         """A new contiguous tensor [T, N, D]."""
         return split_rotary(x_TND[:, :, None], cos_TE, sin_TE, group=0)[1]
+
+    def __init__(self) -> None:
+        self._scratch: dict[int, Scratch] = {}
+
+    def product(
+        self,
+        x_TI: torch.Tensor,
+        weight_IO: torch.Tensor,
+        bias_O: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """By our own kernel where that is faster than cuBLAS."""
+        large = weight_IO.numel() >= SKINNY_WEIGHTS and weight_IO.shape[0] >= MIN_INPUTS
+        if x_TI.shape[0] > MAX_ROWS or x_TI.element_size() != 2 or not large:
+            if bias_O is None:
+                return torch.mm(x_TI, weight_IO, out=out)
+            return torch.addmm(bias_O, x_TI, weight_IO, out=out)
+        stream = torch.cuda.current_stream().cuda_stream if x_TI.is_cuda else 0
+        scratch = self._scratch.get(stream)
+        if scratch is None:
+            scratch = self._scratch[stream] = Scratch.make(x_TI.device)
+        return skinny_mm(x_TI, weight_IO, bias_O, scratch, out)
 
     def act_mul(self, gate_up_TB2I: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
         tokens, blocks, _, part = gate_up_TB2I.shape

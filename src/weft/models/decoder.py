@@ -110,7 +110,7 @@ class Decoder:
         self._embed = views["embed"]
         self._norm = views["norm"]
         self._lm_head = views.get("lm_head", self._embed)
-        linears = _Linears(arch, views, matmul or TorchQuantMatmul())
+        linears = _Linears(arch, views, matmul or TorchQuantMatmul(), self.ops)
         self._layers = [_layer_views(views, linears, arch, i) for i in range(arch.num_layers)]
         context = context_tokens or arch.max_position
         ropes = (arch.rope,) if arch.local_rope is None else (arch.rope, arch.local_rope)
@@ -203,7 +203,7 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, x_SH: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[S, V] from `final_states`; a view of `out` [S, logits_width] if that is given."""
-        logits_SV = torch.mm(x_SH, self._lm_head.t(), out=out)
+        logits_SV = self.ops.product(x_SH, self._lm_head.t(), out=out)
         cap = self.arch.logit_cap
         if cap is not None:
             logits_SV.div_(cap).tanh_().mul_(cap)
@@ -299,20 +299,24 @@ class _Linears:
     """The matrices of the image, quantized or not."""
 
     def __init__(
-        self, arch: Architecture, views: dict[str, torch.Tensor], matmul: QuantMatmul
+        self,
+        arch: Architecture,
+        views: dict[str, torch.Tensor],
+        matmul: QuantMatmul,
+        ops: Ops,
     ) -> None:
         self._arch = arch
         self._views = views
         self._matmul = matmul
+        self._ops = ops
 
     def __call__(self, name: str, *, transposed: bool = False) -> Linear:
         """transposed: the image stores it [in, out]."""
         bias, view = self._views.get(f"{name}_bias"), self._views[name]
         bias_O = None if bias is None else bias.flatten()
         if not is_quantized(self._arch, name):
-            return DenseLinear(
-                view if transposed else view.flatten(0, -2), bias_O, transposed=transposed
-            )
+            flat = view if transposed else view.flatten(0, -2)
+            return DenseLinear(flat, bias_O, transposed=transposed, ops=self._ops)
         quant = self._arch.quant
         assert quant is not None
         scale = self._views[f"{name}.scale"]

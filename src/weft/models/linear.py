@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from weft.kernels.quant_weight import QuantMatmul, QuantWeight
+from weft.models.ops import Ops
 
 
 class Linear(Protocol):
@@ -25,14 +26,14 @@ class DenseLinear:
         bias_O: torch.Tensor | None = None,
         *,
         transposed: bool = False,
+        ops: Ops,
     ) -> None:
+        self._ops = ops
         self.weight_IO = weight if transposed else weight.t()
         self.bias_O = bias_O
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
-        if self.bias_O is None:
-            return torch.mm(x_TI, self.weight_IO)
-        return torch.addmm(self.bias_O, x_TI, self.weight_IO)
+        return self._ops.product(x_TI, self.weight_IO, self.bias_O)
 
 
 class QuantLinear:

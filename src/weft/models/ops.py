@@ -2,8 +2,8 @@
 
 Low dtypes compute norm and rotary in float32 as transformers does; float64 stays float64.
 
-Shape legend: T tokens, H hidden size, D head dim, E rotary dim / 2, N heads, I intermediate size,
-B blocks.
+Shape legend: T tokens, H hidden size, D head dim, E rotary dim / 2, N heads, I intermediate size or
+inputs, O outputs, B blocks.
 """
 
 from typing import Protocol
@@ -42,6 +42,16 @@ class Ops(Protocol):
         Returns a new contiguous tensor. cos and sin are [T, E], in x's dtype."""
         ...
 
+    def product(
+        self,
+        x_TI: torch.Tensor,
+        weight_IO: torch.Tensor,
+        bias_O: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x @ weight + bias [T, O], in x's dtype; written into `out` if that is given."""
+        ...
+
     def act_mul(self, gate_up_TB2I: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
         """activation(gate) * up: [T, B, 2, I / B] -> [T, I]."""
         ...
@@ -77,6 +87,17 @@ class TorchOps:
         low, high, rest = x_TND.split((half, half, x_TND.shape[2] - 2 * half), dim=-1)
         cos, sin = cos_TE[:, None], sin_TE[:, None]
         return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
+
+    def product(
+        self,
+        x_TI: torch.Tensor,
+        weight_IO: torch.Tensor,
+        bias_O: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if bias_O is None:
+            return torch.mm(x_TI, weight_IO, out=out)
+        return torch.addmm(bias_O, x_TI, weight_IO, out=out)
 
     def act_mul(self, gate_up_TB2I: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
         gate, up = gate_up_TB2I.unbind(2)

@@ -13,6 +13,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 from weft.attention.base import ForwardBatch, KvView, store_kv, token_places  # noqa: E402
 from weft.kernels import elementwise  # noqa: E402
 from weft.kernels.heads import split_heads  # noqa: E402
+from weft.kernels.skinny import Scratch, skinny_mm, splits  # noqa: E402
 from weft.models.ops import TorchOps  # noqa: E402
 
 OURS, TWIN = elementwise.TritonOps(), TorchOps()
@@ -156,3 +157,23 @@ def test_heads_in_one_kernel_are_the_parts(
     assert torch.equal(pages == -7.0, expected == -7.0)
     assert relative_error(pages, expected) < LIMITS[dtype]
     assert torch.equal(pages[:, 1, 1], expected[:, 1, 1])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17, 32])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(700, 130), (96, 64)])
+def test_products_of_few_rows(rows: int, transposed: bool, inputs: int, outputs: int) -> None:
+    assert (splits(inputs, outputs)[0] > 1) == (inputs == 700), "one case is cut, one is not"
+    x = torch.randn(rows, inputs).half()
+    weight = torch.randn(outputs, inputs).half() / inputs**0.5
+    weight_IO = weight.t().contiguous() if transposed else weight.t()
+    bias = torch.randn(outputs).half()
+    scratch = Scratch.make(x.device)
+    scratch.parts.fill_(float("nan"))
+    for bias_O in (None, bias):  # twice: the counts are zero again
+        out = torch.full((rows, outputs + 6), -7.0).half()
+        got = skinny_mm(x, weight_IO, bias_O, scratch, out[:, :outputs])
+        ref = x.float() @ weight_IO.float() + (0 if bias_O is None else bias_O.float())
+        assert relative_error(got, ref) < 1e-3
+        assert (out[:, outputs:] == -7.0).all()
+        assert not scratch.counts.any()
