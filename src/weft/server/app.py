@@ -17,6 +17,7 @@ import weft
 from weft.config.pool_config import PoolConfig
 from weft.hub.base import Hub
 from weft.server.answer import Gate
+from weft.server.bodies import Bodies
 from weft.server.door import Door
 from weft.server.door_hub import DoorHub
 from weft.server.errors import ApiError, bad_request
@@ -56,7 +57,10 @@ def create_app(
     keys = KeyRing.load(config.server.keys, base_dir)
     own_texts = texts or TextService()
     gate = Gate()
-    front = Frontend(DoorHub(hub), config.server, own_texts, Metrics(hub), gate)
+    bodies = Bodies(config.server.max_body_bytes)
+    front = Frontend(
+        DoorHub(hub, on_open=bodies.release), config.server, own_texts, Metrics(hub), gate
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -85,7 +89,9 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     # The one added last is the outermost.
-    app.add_middleware(Door, server=config.server, keys=lambda: app.state.keys, gate=gate)
+    app.add_middleware(
+        Door, server=config.server, keys=lambda: app.state.keys, gate=gate, bodies=bodies
+    )
     if config.server.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
+from weft.server.bodies import check_json_shape
 from weft.server.errors import CLIENT_CLOSED, ApiError, bad_request
 from weft.server.fields import MAX_MESSAGES
 
@@ -193,6 +194,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 def decode_json(body: bytes) -> Any:
     """Raises ApiError 400."""
+    check_json_shape(body)
     try:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:

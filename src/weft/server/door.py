@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from weft.config.server_config import ServerConfig
 from weft.server.answer import Gate
 from weft.server.binding import is_loopback
+from weft.server.bodies import Bodies
 from weft.server.errors import CLIENT_CLOSED, ApiError, forbidden, rate_limited, unauthorized
 from weft.server.keys import MAX_KEY_BYTES, Key, KeyRing
 from weft.server.visit import Visit, current_visit
@@ -37,11 +38,13 @@ class Door:
         server: ServerConfig,
         keys: Callable[[], KeyRing],
         gate: Gate,
+        bodies: Bodies,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
         self._keys = keys
         self._gate = gate
+        self._bodies = bodies
         self._hosts = server.allowed_hosts
         self._on_loopback = is_loopback(server.host)
         self._access_log = server.access_log
@@ -79,10 +82,12 @@ class Door:
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        visit: Visit = scope["state"]["visit"]
         self._gate.inside += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, self._bodies.counting(receive, visit), send)
         finally:
+            self._bodies.release(visit)
             self._gate.inside -= 1
 
     def _admit(self, scope: Scope, visit: Visit) -> None:

@@ -28,8 +28,16 @@ from weft.server.visit import Visit, current_visit
 class DoorHub:
     """Implements `weft.hub.base.Hub` over another one."""
 
-    def __init__(self, hub: Hub, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_open: Callable[[Visit], None] | None = None,
+    ) -> None:
+        """`on_open` hears of every visit that got what it asked for into the hub."""
         self._hub = hub
+        self._on_open = on_open
         self._clock = clock
         self._metered: dict[RequestId, _Metered] = {}
 
@@ -57,6 +65,8 @@ class DoorHub:
         if visit.key is not None:
             visit.key.limits.charge_tokens(len(new.prompt))
         visit.opened += 1
+        if self._on_open is not None:
+            self._on_open(visit)
         visit.model = new.model
         visit.prompt_tokens += len(new.prompt)
         metered = _Metered(chunks, visit, self._clock, lambda: self._metered.pop(request, None))

@@ -38,7 +38,8 @@ TEXT_LIMIT_S = 10.0
 TEXT_THREADS = 4
 MAX_JOBS_PER_MODEL = 2
 """Threads one model may keep busy, so that a stuck template cannot stop the others."""
-MAX_WAITING_JOBS = 512
+MAX_WAITING_JOBS = 4096
+"""Prompts that wait for a thread. The memory they take is bounded where bodies are read."""
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_TOKENIZER_CONFIG_BYTES = 64 << 20
 

@@ -22,6 +22,8 @@ class Visit:
     output_tokens: int = 0
     ttft_s: float | None = None
     status: int = 0
+    body_bytes: int = 0
+    """Of its body that was read; 0 once what it asks for is in the hub."""
     left: bool = False
     """The client closed the connection before its answer was whole."""
 
