@@ -55,7 +55,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            optimized=False,  # nothing is computed before the limits hold
         )
         self._clock = clock
         self.deadline_s = float("inf")
@@ -117,9 +120,20 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
+def check_template(source: str) -> None:
+    """Only reads it; nothing of it runs. Raises WeftError when it is no template."""
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise WeftError(f"the chat template is longer than {MAX_TEMPLATE_CHARS} characters")
+    try:
+        _Sandbox(time.monotonic).parse(source)
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise WeftError(f"the chat template does not parse: {error}") from None
+
+
 class ChatTemplate:
     """A compiled template with the tokens it may write. `render` is called by one thread at a time
-    per object: the deadline belongs to the environment."""
+    per object: the deadline belongs to the environment. It stops what it can see; templates of
+    checkpoints are rendered where all of it can be stopped (`rendering`)."""
 
     def __init__(
         self,
@@ -131,8 +145,7 @@ class ChatTemplate:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises WeftError when `source` is no template."""
-        if len(source) > MAX_TEMPLATE_CHARS:
-            raise WeftError(f"the chat template is longer than {MAX_TEMPLATE_CHARS} characters")
+        check_template(source)
         self._clock = clock
         self._environment = _Sandbox(clock)
         self._environment.filters["tojson"] = _tojson

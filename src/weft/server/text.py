@@ -21,6 +21,7 @@ from weft.server.errors import ApiError, bad_request
 from weft.server.guard import Guard, NoMark
 from weft.server.messages import Conversation
 from weft.server.names import TokenNames
+from weft.server.rendering import CheckpointTemplate
 from weft.server.templates import (
     FALLBACK_TEMPLATE,
     ChatTemplate,
@@ -75,12 +76,23 @@ class TextModel:
         """How the model calls functions."""
         self.reasons = "<think>" in (source or "") or "</think>" in (source or "")
         """Its template knows reasoning between <think> and </think>."""
-        self._template = ChatTemplate(
-            FALLBACK_TEMPLATE if source is None else source,
-            tokens=special_tokens(config),
-            max_chars=self.max_chars,
-            limit_s=limit_s,
-        )
+        tokens = special_tokens(config)
+        self._template: ChatTemplate | CheckpointTemplate
+        if source is None:
+            self._template = ChatTemplate(
+                FALLBACK_TEMPLATE, tokens=tokens, max_chars=self.max_chars, limit_s=limit_s
+            )
+        else:
+            self._template = CheckpointTemplate(
+                source, tokens=tokens, max_chars=self.max_chars, limit_s=limit_s / 2
+            )
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> str:
+        """Raises TemplateFailure."""
+        if isinstance(self._template, CheckpointTemplate):
+            return self._template.render(messages, **given)
+        with self._lock:
+            return self._template.render(messages, **given)
 
     @property
     def has_text(self) -> bool:
@@ -106,14 +118,13 @@ class TextModel:
                 param="messages",
             ) from None
         try:
-            with self._lock:
-                text = self._template.render(
-                    messages,
-                    tools=tools,
-                    documents=documents,
-                    args=args,
-                    add_generation_prompt=talk.add_generation_prompt,
-                )
+            text = self._render(
+                messages,
+                tools=tools,
+                documents=documents,
+                args=args,
+                add_generation_prompt=talk.add_generation_prompt,
+            )
         except TemplateFailure as error:
             raise bad_request(str(error), param="messages") from None
         adds = add_special_tokens or not self.has_template
