@@ -20,7 +20,8 @@ BEHIND_BYTES = 120_000
 """More than all buffers between the server and a slow reader hold."""
 MAX_GROWTH_BYTES = 4 << 20
 """What the server may hold more after a crowd than after the one before it. Allocators give back
-in their own time; a leak of one stream's buffers (64 KiB) would be 64 MiB for a thousand (0.2 to 0.7 MB were seen)."""
+in their own time (0.2 to 0.7 MB were seen); a leak of one stream's buffers (64 KiB) would be 64 MiB
+for a thousand."""
 
 
 def visitors(chance: random.Random, count: int, *, slow: int, leavers: int) -> list[Visitor]:
