@@ -29,6 +29,7 @@ def report_lines(report: CheckReport) -> list[str]:
             f"  {report.class_name}, {parameters / 1e6:,.1f} M parameters, {report.dtype}, "
             f"{report.num_layers} layers of {report.hidden_size}, {report.num_q_heads}/"
             f"{report.num_kv_heads} heads of {report.head_dim}, vocabulary {report.vocab_size}"
+            + (f", sliding window {report.window}" if report.window else "")
         )
     if report.dtype is not None and report.kv_bytes_per_token is not None:
         image = report.image_bytes.get(report.dtype, 0)

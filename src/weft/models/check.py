@@ -29,6 +29,8 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int | None = None
     vocab_size: int | None = None
     max_context_tokens: int | None = None
+    window: int | None = None
+    """The widest sliding window, None where no layer has one."""
     tied_embeddings: bool | None = None
     quantization: str | None = None
     """How most matrices are quantized; None: not at all."""
@@ -106,6 +108,7 @@ def _arch_facts(path: Path, arch: Architecture) -> dict[str, object]:
         "head_dim": arch.head_dim,
         "vocab_size": arch.vocab_size,
         "max_context_tokens": arch.max_position,
+        "window": max(arch.windows, default=0) or None,
         "tied_embeddings": arch.tied_embeddings,
         "quantization": _quantization(arch),
         "rope": arch.rope.kind,

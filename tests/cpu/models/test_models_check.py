@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.tiny import tiny_checkpoint
+from support.tiny import CLASSES, tiny_checkpoint
 from weft.core.errors import WeftError
 from weft.models.check import check_checkpoint
 from weft.models.hf_config import read_model_config
@@ -39,6 +39,15 @@ def test_a_good_checkpoint(tmp_path: Path) -> None:
     assert report.stored_dtypes == {"bfloat16": 2 * report.parameters}
     for dtype, size in report.image_bytes.items():
         assert size == image_layout(read_model_config(path, dtype)).num_bytes
+
+
+@pytest.mark.parametrize("family", sorted(CLASSES))
+def test_every_class_is_checked(tmp_path: Path, family: str) -> None:
+    report = check_checkpoint(tiny_checkpoint(tmp_path, family=family))
+    assert report.problems == ()
+    assert report.class_name == CLASSES[family]
+    assert report.stored_dtypes == {"float32": 4 * (report.parameters or 0)}
+    assert report.window == (24 if family.startswith("gemma") else None)
 
 
 def test_an_empty_folder_lists_what_is_missing(tmp_path: Path) -> None:

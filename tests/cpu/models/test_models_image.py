@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.tiny import random_tensors, tiny_checkpoint, write_safetensors_model
+from support.tiny import CLASSES, random_tensors, tiny_checkpoint, write_safetensors_model
 from weft.core.errors import WeftError
 from weft.core.model import DTYPE_BYTES, Architecture, RopeSpec
 from weft.models import image as image_module
@@ -65,7 +65,8 @@ def tensor(image: np.ndarray, arch: Architecture, name: str) -> torch.Tensor:
     half_dim=st.integers(1, 20),
     vocab=st.integers(1, 70),
     tied=st.booleans(),
-    bias=st.booleans(),
+    flags=st.tuples(*[st.booleans()] * 5),
+    family=st.sampled_from(sorted(CLASSES)),
     dtype=st.sampled_from(sorted(DTYPE_BYTES)),
 )
 def test_layout_is_disjoint_aligned_and_in_load_order(
@@ -77,9 +78,12 @@ def test_layout_is_disjoint_aligned_and_in_load_order(
     half_dim: int,
     vocab: int,
     tied: bool,
-    bias: bool,
+    flags: tuple[bool, ...],
+    family: Any,
     dtype: Any,
 ) -> None:
+    if family in ("phi3", "llama", "qwen2", "qwen3", "mistral"):
+        flags = (*flags[:4], False)  # no other norms have names there
     arch = architecture(
         num_layers=layers,
         hidden_size=hidden,
@@ -89,8 +93,11 @@ def test_layout_is_disjoint_aligned_and_in_load_order(
         head_dim=2 * half_dim,
         vocab_size=vocab,
         tied_embeddings=tied,
-        qkv_bias=bias,
+        family=family,
         dtype=dtype,
+        **dict(
+            zip(("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "branch_norms"), flags, strict=True)
+        ),
     )
     layout = image_layout(arch)
     names = [extent.name for extent in layout.extents]
@@ -148,12 +155,58 @@ def test_every_row_is_where_the_format_says(tmp_path: Path, family: str, inner: 
     assert torch.equal(tensor(image, arch, "norm"), theirs["model.norm.weight"])
 
 
+def test_every_other_tensor_is_where_the_format_says(tmp_path: Path) -> None:
+    """Biases and norms of the classes that have them."""
+    bias = {"attention_bias": True, "mlp_bias": True}
+    llama = tiny_checkpoint(tmp_path / "llama", intermediate=100, config_extra=bias)
+    gemma = tiny_checkpoint(tmp_path / "gemma", family="gemma3")
+    for path, vectors in (
+        (llama, {"o_bias": "self_attn.o_proj.bias", "down_bias": "mlp.down_proj.bias"}),
+        (
+            gemma,
+            {
+                "q_norm": "self_attn.q_norm.weight",
+                "k_norm": "self_attn.k_norm.weight",
+                "attention_out_norm": "post_attention_layernorm.weight",
+                "post_norm": "pre_feedforward_layernorm.weight",
+                "mlp_out_norm": "post_feedforward_layernorm.weight",
+            },
+        ),
+    ):
+        arch = read_model_config(path)
+        image = build(path, arch)
+        with open_checkpoint(path) as checkpoint:
+            for ours, theirs in vectors.items():
+                expected = torch.tensor(checkpoint.array(f"model.layers.1.{theirs}"))
+                assert torch.equal(tensor(image, arch, f"layers.1.{ours}"), expected), ours
+            if path is llama:
+                both = tensor(image, arch, "layers.1.gate_up_bias")
+                for half, part in enumerate(("gate", "up")):
+                    name = f"model.layers.1.mlp.{part}_proj.bias"
+                    assert torch.equal(
+                        both[:, half].flatten(), torch.tensor(checkpoint.array(name))
+                    )
+
+
+def test_a_fused_checkpoint_gives_the_image_of_one_that_is_not(tmp_path: Path) -> None:
+    """Phi-3's matrices, and the same rows under Llama's names."""
+    fused = tiny_checkpoint(tmp_path / "fused", family="phi3", seed=4)
+    plain = tiny_checkpoint(tmp_path / "plain", family="llama", seed=4)
+    arch = read_model_config(plain)
+    assert np.array_equal(build(fused, read_model_config(fused)), build(plain, arch))
+    names = [
+        {n.split(".", 3)[-1] for n in expected_tensors(read_model_config(p))} for p in (fused,)
+    ]
+    assert {"self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight"} <= names[0]
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_pieces_threads_and_progress(
     tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any cut gives the same bytes; progress adds up; no byte of `out` is left as it was."""
-    path = tiny_checkpoint(tmp_path, family="qwen2", hidden=80, intermediate=200, shards=2)
+    family = ("phi3", "qwen2")[threads // 3]
+    path = tiny_checkpoint(tmp_path, family=family, hidden=80, intermediate=200, shards=2)
     arch = read_model_config(path)
     whole = build(path, arch)
     assert not np.any(np.convolve(whole == 0xAB, np.ones(64), "valid") == 64)
