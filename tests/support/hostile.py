@@ -90,7 +90,7 @@ class Mutator:
         return copy.deepcopy(self.pick(VALUES))
 
     def any_file(self) -> Path | None:
-        files = [f for f in sorted(self.folder.iterdir()) if f.is_file() and not f.is_symlink()]
+        files = [f for f in sorted(self.folder.iterdir()) if _is_plain(f)]
         return self.pick(files) if files else None
 
     def change_config(self) -> None:
@@ -125,7 +125,7 @@ class Mutator:
         _dump(self.folder / INDEX, index)
 
     def change_header(self) -> None:
-        shards = [f for f in sorted(self.folder.glob("*.safetensors")) if f.is_file()]
+        shards = [f for f in sorted(self.folder.glob("*.safetensors")) if _is_plain(f)]
         if not shards:
             return
         file = self.pick(shards)
@@ -193,18 +193,22 @@ class Mutator:
                 file.symlink_to("/dev/stdin")
 
 
+def _is_plain(file: Path) -> bool:
+    """A file that the mutator itself can read: no link, no pipe, no terabyte of nothing."""
+    return not file.is_symlink() and file.is_file() and file.stat().st_size < 1 << 26
+
+
 def _load(file: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(file.read_text()) if file.is_file() else None
+        value = json.loads(file.read_text()) if _is_plain(file) else None
     except (ValueError, OSError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def _dump(file: Path, value: Any) -> None:
-    if file.is_symlink() or (file.exists() and not file.is_file()):
-        return
-    file.write_text(json.dumps(value))
+    if _is_plain(file) or not os.path.lexists(file):
+        file.write_text(json.dumps(value))
 
 
 def fresh(folder: Path) -> None:
