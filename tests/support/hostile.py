@@ -133,7 +133,7 @@ class Mutator:
         (length,) = struct.unpack("<Q", raw[:8].ljust(8, b"\0"))
         try:
             header = json.loads(raw[8 : 8 + length])
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if not isinstance(header, dict) or not header:
             return

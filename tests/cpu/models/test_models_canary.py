@@ -13,33 +13,35 @@ from support.tiny import CLASSES, tiny_checkpoint
 
 NEW_TOKENS = 40
 PROMPT_TOKENS = 96
-SHAPES: list[dict[str, Any]] = [
+BIASED = {"attention_bias": True, "mlp_bias": True}
+LATE_WINDOW = {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 1}
+QUICK: list[dict[str, Any]] = [
     {"family": "llama"},
-    {"family": "qwen2"},
-    {"family": "llama", "tied": True},
+    {"family": "llama", "tied": True, "rope": "yarn", "config_extra": BIASED},
     {"family": "qwen2", "tied": True, "layers": 4, "hidden": 96, "heads": 6, "kv_heads": 1},
-    {"family": "llama", "layers": 3, "heads": 4, "kv_heads": 4, "rope": "llama3"},
-    {"family": "llama", "rope": "yarn", "config_extra": {"attention_bias": True, "mlp_bias": True}},
-    {"family": "mistral", "rope": "linear"},
-    {"family": "mistral", "config_extra": {"sliding_window": 48}},
-    {
-        "family": "qwen2",
-        "config_extra": {"use_sliding_window": True, "sliding_window": 30}
-        | {"max_window_layers": 1},
-    },
+    {"family": "mistral", "rope": "linear", "config_extra": {"sliding_window": 48}},
     {"family": "qwen3", "rope": "dynamic", "tied": True},
     {"family": "gemma2", "tied": True},
-    {"family": "gemma2", "config_extra": {"layer_types": ["sliding_attention"] * 2}},
-    {"family": "gemma3", "tied": True},
+    {"family": "gemma3"},
     {"family": "phi3", "rope": "longrope", "config_extra": {"partial_rotary_factor": 0.5}},
-    {"family": "phi3", "config_extra": {"sliding_window": 60}},
 ]
 """At least one of every class, with windows shorter than the prompt where it may have them."""
+MORE: list[dict[str, Any]] = [
+    {"family": "qwen2"},
+    {"family": "llama", "tied": True},
+    {"family": "llama", "layers": 3, "heads": 4, "kv_heads": 4, "rope": "llama3"},
+    {"family": "mistral"},
+    {"family": "qwen2", "config_extra": LATE_WINDOW},
+    {"family": "gemma2", "config_extra": {"layer_types": ["sliding_attention"] * 2}},
+    {"family": "gemma3", "tied": True},
+    {"family": "phi3", "config_extra": {"sliding_window": 60}},
+]
+SHAPES = [*QUICK, *(pytest.param(shape, marks=pytest.mark.slow) for shape in MORE)]
 
 
-@pytest.fixture(params=range(len(SHAPES)), ids=lambda i: f"shape{i}")
+@pytest.fixture(params=SHAPES, ids=lambda shape: "-".join(map(str, shape.values())))
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> PlainModel:
-    return PlainModel(tiny_checkpoint(tmp_path, seed=9, **SHAPES[request.param]), dtype="float64")
+    return PlainModel(tiny_checkpoint(tmp_path, seed=9, **request.param), dtype="float64")
 
 
 def first_seen(model: PlainModel) -> int:
