@@ -144,6 +144,13 @@ def test_a_key_is_accepted(hub: FakeHub) -> None:
     assert hub.opened[0].tenant == ""
 
 
+def test_a_salt_divides_what_a_key_shares(hub: FakeHub) -> None:
+    body = {**BODY, "cache_salt": "s"}
+    request = {"method": "POST", "url": "/v1/completions", "json": body, "headers": bearer(ALICE)}
+    assert asking(hub, ServerConfig(keys=keys()), request)[0].status_code == 200
+    assert hub.opened[0].tenant == "alice\0s"
+
+
 def test_only_an_operator_reads_the_pools_state(hub: FakeHub) -> None:
     for path in ("/metrics", "/weft/status"):
         alice, ops = asking(
