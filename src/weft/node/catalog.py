@@ -176,7 +176,9 @@ class Catalog:
         name = model.config.name
         self._created_s[name] = int(time.time())
         self._current[name] = model.spec.name
-        bind = BindModel(model=model.spec, arch=model.arch, image=model.image)
+        # Grammars read it in the worker, when the first one comes.
+        image = msgspec.structs.replace(model.image, tokenizer=str(model.path / "tokenizer.json"))
+        bind = BindModel(model=model.spec, arch=model.arch, image=image)
         self._hub.add_model(self._card(model), bind)
 
     def _fail(self, failed: FailedModel) -> None:
