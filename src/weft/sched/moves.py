@@ -333,22 +333,20 @@ class Mover:
         pages = memory.pages_for(state.known + 1)
         if state.parked is not None:
             pages = max(pages, memory.pages_for(state.parked.tokens))
-        found = self._prefixes.hold(state) if state.parked is None else Found()
-        missing = pages - len(found.shared)
+        found = self._prefixes.find(state) if state.parked is None else Found()
+        missing = pages - found.here
         # Whoever runs must be able to grow by a page, or the newcomer would be parked at once.
-        if not self._reserve(entry, missing + running, keep):
-            self._prefixes.let_go(state, found)
+        if not self._reserve(entry, missing + running, keep, spare=found.cached):
             if found.blocks and not running and not self.coming_granules():
                 # Where they lie they may keep it from ever getting room: without them it does.
                 state.reuse = False
                 self._book.changes += 1
             return False
-        taken = memory.kv.take(missing)
         state.slot = self._book.ledger.take_slot()
         if state.parked is None:
-            self._prefixes.begin(state, found, taken)
+            self._prefixes.begin(state, found, missing)
             return True
-        state.pages = taken
+        state.pages = memory.kv.take(missing)
         count = memory.pages_for(state.parked.tokens)
         action = self._book.new_id()
         reads = self._book.pending_maps(name, state.pages)
@@ -369,19 +367,25 @@ class Mover:
         )
         return True
 
-    def _reserve(self, entry: ModelEntry, pages: int, keep: Collection[ModelName] | None) -> bool:
-        """Make `pages` pages takeable, mapping granules if need be and sending away all but
-        `keep` for them (None: nobody)."""
+    def _reserve(
+        self,
+        entry: ModelEntry,
+        pages: int,
+        keep: Collection[ModelName] | None,
+        spare: int = 0,
+    ) -> bool:
+        """Make `pages` pages takeable, and as many cached ones as `spare` says besides, mapping
+        granules if need be and sending away all but `keep` for them (None: nobody)."""
         name, ledger = entry.spec.name, self._book.ledger
         # What is free goes first; then what is cached, at once if others wait for granules.
         short = self._short or self._was_short
         at = None if short else ledger.plan_growth(name, pages)
         if at is None:
-            at = ledger.plan_growth(name, pages, give_up=True)
+            at = ledger.plan_growth(name, pages + spare, give_up=True)
         if at is None and keep is not None:
-            granules = ledger.growth_granules(name, pages)
+            granules = ledger.growth_granules(name, pages + spare)
             if granules is not None and self.make_room(name, granules, keep):
-                at = ledger.plan_growth(name, pages, give_up=True)
+                at = ledger.plan_growth(name, pages + spare, give_up=True)
         if at is None:
             return False
         if at:

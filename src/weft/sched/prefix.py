@@ -9,12 +9,11 @@ Where models share the device, what nobody uses is copied to the host store whil
 nothing better to do: whatever leaves the device later leaves it at once, and is found there.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 from weft.core.actions import CopyKv
-from weft.core.ids import ModelName, PageId, RequestId
+from weft.core.ids import ModelName, RequestId
 from weft.ledger.prefix import Block, Digest, PrefixIndex, next_digest, root_digest
 from weft.sched.book import Book, ModelEntry, RequestState
 
@@ -32,15 +31,13 @@ device."""
 
 @dataclass
 class Found:
-    """What a request may begin with: blocks whose pages it holds and blocks it must copy."""
+    """What a request may begin with."""
 
     blocks: list[Block] = field(default_factory=list)
-    pages: list[PageId | None] = field(default_factory=list)
-    """Page by page; None where it lies in the host store only."""
-
-    @property
-    def shared(self) -> list[PageId]:
-        return [page for page in self.pages if page is not None]
+    here: int = 0
+    """Of them on the device."""
+    cached: int = 0
+    """Of these held by nobody."""
 
 
 class PrefixCache:
@@ -52,50 +49,33 @@ class PrefixCache:
 
     # -- finding --------------------------------------------------------------------------------
 
-    def find(self, state: RequestState) -> list[Block]:
-        """Blocks that hold the beginning of this request's known tokens."""
+    def find(self, state: RequestState) -> Found:
+        """What the beginning of this request's known tokens lies in. It is nobody's until `begin`:
+        in the same decision nothing may be taken in between."""
+        found = Found()
         if not self._on or not state.reuse or state.request.whole_prompt:
-            return []
+            return found
         memory = self._book.memory(state.request.model)
         if not memory.kv.index.blocks:
-            return []
-        most = (state.known - 1) // memory.spec.page_tokens
-        return memory.kv.index.find(self._chain(state, memory.spec.page_tokens, most))
-
-    def hold(self, state: RequestState) -> Found:
-        """The same, held: neither pages nor extents go before `begin` or `let_go`."""
-        kv = self._book.memory(state.request.model).kv
-        found = Found()
-        for block in self.find(state):
-            if block.page is not None:
-                kv.share(block.page)
-            elif state.resume_fails < MAX_FETCH_FAILS:
-                block.pins += 1
-            else:
+            return found
+        size = memory.spec.page_tokens
+        most = (state.known - 1) // size
+        for block in memory.kv.index.find(self._digest(state, size, i) for i in range(most)):
+            if block.page is None and state.resume_fails >= MAX_FETCH_FAILS:
                 break
             found.blocks.append(block)
-            found.pages.append(block.page)
-        # Those nearer the beginning are newer: they go last.
-        for block in reversed(found.blocks):
-            self._book.ledger.shelf.touch(block)
-            if block.page is not None:
-                kv.index.want_saved(block.page)
+            found.here += block.page is not None
+            found.cached += block.page in memory.kv.cached
         return found
 
-    def let_go(self, state: RequestState, found: Found) -> None:
-        """There was no room for the rest."""
-        self._book.memory(state.request.model).kv.give(found.shared)
-        for block, page in zip(found.blocks, found.pages, strict=True):
-            block.pins -= page is None
-
-    def begin(self, state: RequestState, found: Found, taken: list[PageId]) -> None:
-        """The request has these further pages. It runs behind what was found, or waits for the
-        copy of what is not on the device."""
+    def begin(self, state: RequestState, found: Found, fresh: int) -> None:
+        """The request takes so many further pages, for which the caller made room. It runs behind
+        what was found, or waits for the copy of what is not on the device."""
         name = state.request.model
-        missing = [i for i, page in enumerate(found.pages) if page is None]
-        for i in missing:
-            found.pages[i] = taken.pop(0)
-        state.pages = found.shared + taken
+        missing = self._hold(name, found)
+        taken = iter(self._book.memory(name).kv.take(fresh))
+        begin = [next(taken) if block.page is None else block.page for block in found.blocks]
+        state.pages = [*begin, *taken]
         if not missing:
             self._start(state, len(found.blocks))
             return
@@ -118,6 +98,22 @@ class PrefixCache:
         )
         book.moves[action] = copy
         book.actions.append(copy)
+
+    def _hold(self, name: ModelName, found: Found) -> list[int]:
+        """Neither pages nor extents go any more. Returns which blocks are not on the device."""
+        kv, missing = self._book.memory(name).kv, []
+        for place, block in enumerate(found.blocks):
+            if block.page is None:
+                block.pins += 1
+                missing.append(place)
+            else:
+                kv.share(block.page)
+        # Those nearer the beginning are newer: they go last.
+        for block in reversed(found.blocks):
+            self._book.ledger.shelf.touch(block)
+            if block.page is not None:
+                kv.index.want_saved(block.page)
+        return missing
 
     def _start(self, state: RequestState, pages: int) -> None:
         """It runs, behind so many pages that were found."""
@@ -156,20 +152,18 @@ class PrefixCache:
         if full <= state.entered or not self._on:
             return
         index = self._book.memory(state.request.model).kv.index
-        for place, digest in enumerate(self._chain(state, size, full)):
-            if place >= state.entered:
-                index.enter(digest, state.pages[place])
+        for place in range(state.entered, full):
+            index.enter(self._digest(state, size, place), state.pages[place])
         state.entered = full
 
-    def _chain(self, state: RequestState, size: int, count: int) -> Iterator[Digest]:
-        """Digests of the first `count` pages; each is worked out once, when it is asked for."""
+    def _digest(self, state: RequestState, size: int, place: int) -> Digest:
+        """Of page `place` and all before it. Each is worked out once, when it is asked for."""
         if not state.digests:
             state.digests.append(self._root(state))
-        for place in range(count):
-            if place + 1 == len(state.digests):
-                ids = state.ids(place * size, (place + 1) * size)
-                state.digests.append(next_digest(state.digests[-1], ids))
-            yield state.digests[place + 1]
+        while len(state.digests) <= place + 1:
+            at = (len(state.digests) - 1) * size
+            state.digests.append(next_digest(state.digests[-1], state.ids(at, at + size)))
+        return state.digests[place + 1]
 
     def _root(self, state: RequestState) -> Digest:
         request = state.request
