@@ -1,19 +1,35 @@
 """The LoRA kernels on the device against their torch twin, at sizes of real models."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 
+from support.engine_kit import Engine, plain_run, tiny_adapters, tiny_models, unit_for
 from support.gpu import needs_gpu
 from support.kernel_cases import relative_error
 from support.lora_cases import mixed_step, random_lora, small_architecture
+from support.replay_kit import LogitsLog, drive_replay, first_difference
+from support.unit_kit import UnitRun
+from weft.core.ids import ModelName, RequestId
+from weft.core.request import Request
+from weft.engine.base import Executor
 from weft.models.adapter import part_sizes
 from weft.models.lora import LoraOps, TorchLora, batch_of, plan_lora
+from weft.sim.replayer import PlanReplayer
 
 pytestmark = needs_gpu
 
 
 PARTS = ("qkv", "o", "gate_up", "down")
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+
+
+def make(*args: object, **options: object) -> Executor:
+    from weft.engine.cuda_executor import CudaExecutor
+
+    return CudaExecutor(*args, **options)  # type: ignore[arg-type]
 
 
 def triton_lora() -> LoraOps:
@@ -53,3 +69,66 @@ def test_many_adapters_decode_and_a_token_does_not_feel_the_others(part: str) ->
         row = y[i : i + 1].clone()
         triton_lora().add(row, x[i : i + 1], alone, 1, part)
         assert torch.equal(row[0], ours[i])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode_graphs_with_adapters_are_the_same_bits_as_launches(
+    tmp_path: Path, dtype: str
+) -> None:
+    """The plan log of several requests on one base, with three adapters and without, replayed under
+    disturbances by graphs and launch by launch."""
+    shapes = {"a": {"layers": 2, "hidden": 256, "heads": 8, "kv_heads": 2, "head_dim": 64}}
+    models = tiny_models(tmp_path, shapes, dtype=dtype, page_tokens=16)
+    wanted = {f"x{i}": {"base": "a", "rank": 4 + 13 * i} for i in range(3)}
+    models |= tiny_adapters(tmp_path, models, wanted)
+    names = [None, *map(ModelName, wanted), ModelName("x1"), None]
+    requests = [
+        Request(
+            id=RequestId(i),
+            model=ModelName("a"),
+            adapter=name,
+            prompt=tuple(range(3, 20 + i)),
+            max_tokens=40,
+            ignore_eos=True,
+        )
+        for i, name in enumerate(names)
+    ]
+    unit = unit_for(
+        models,
+        granule_bytes=2 << 20,
+        host_chunk_bytes=1 << 20,
+        kv_tokens=8192,
+        num_slots=12,
+        parked_bytes=64 << 20,
+    )
+    taken = LogitsLog()
+    with Engine(models, unit, make=partial(make, graphs=True), logits_tap=taken) as engine:
+        run = UnitRun(engine)
+        for request in requests:
+            run.request(request)
+        run.drain()
+        assert engine.executor.graph_kinds() > 0  # type: ignore[attr-defined]
+    steps = run.recorder.record()
+    assert any(len({row.adapter for row in step.plan.rows}) == 4 for step in steps)
+    for graphs in (True, False):
+        log = LogitsLog()
+        options = {"make": partial(make, graphs=graphs), "logits_tap": log, "verify": True}
+        with Engine(models, unit, **options) as engine:
+            replayer = PlanReplayer(unit, [m.spec for m in models.values()], steps, seed=1)
+            drive_replay(engine, replayer)
+        assert replayer.mismatches() == []
+        assert first_difference(taken.kept, log.kept) is None
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_an_adapter_on_the_device_is_the_one_on_the_cpu(tmp_path: Path, graphs: bool) -> None:
+    """In float32, token by token."""
+    models = tiny_models(tmp_path, {"a": {}}, page_tokens=16)
+    models |= tiny_adapters(tmp_path, models, {"x": {"base": "a", "rank": 20}})
+    prompt = [17, 80, 33, 5, 99, 64, 21, 40, 71]
+    with Engine(models, unit_for(models)) as engine:
+        wanted = [plain_run(engine, "a", prompt, 16, adapter=name) for name in (None, "x")]
+    unit = unit_for(models, granule_bytes=2 << 20, host_chunk_bytes=1 << 20)
+    with Engine(models, unit, make=partial(make, graphs=graphs), verify=True) as engine:
+        drawn = [plain_run(engine, "a", prompt, 16, adapter=name) for name in (None, "x")]
+    assert drawn == wanted and wanted[0] != wanted[1]

@@ -93,4 +93,8 @@ class StepAdapters:
         """With `arrays` on the device."""
         if plan is None:
             return None
-        return LoraBatch(plan.groups, tokens, blocks.view(-1, 3), self._ops)
+        return LoraBatch(plan.groups, tokens, blocks.view(-1, 3), plan.widths, self._ops)
+
+    @property
+    def ops(self) -> LoraOps:
+        return self._ops

@@ -163,7 +163,7 @@ class CudaDevice:
         return CudaArena(unit.granule_bytes, unit.num_granules, device=self._device)
 
     def graphs(self, unit: UnitSpec, *, enabled: bool) -> DecodeGraphs | None:
-        return DecodeGraphs(unit, self._device, self._triton(), enabled=enabled)
+        return DecodeGraphs(unit, self._device, self._triton(), self.lora(), enabled=enabled)
 
     def attention(self) -> AttentionBackend:
         return self._triton()

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from weft.attention.base import ForwardBatch, HeadsBackend
@@ -24,6 +25,7 @@ from weft.core.unit import UnitSpec
 from weft.engine.model import BoundModel
 from weft.engine.staging import Buffers
 from weft.engine.step import Step
+from weft.models.lora import LoraBatch, LoraOps, LoraPlan
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 def bucket_of(plan: StepPlan, max_rows: int) -> int | None:
     """How many rows the step is filled up to; None where it is not only decode rows."""
     for row in plan.rows:
-        if row.num_tokens != 1 or row.sample is None or row.adapter is not None:
+        if row.num_tokens != 1 or row.sample is None:
             return None
         if row.targets or row.embed is not None:
             return None
@@ -61,12 +63,20 @@ def fill_up(buffers: Buffers, rows: int, bucket: int) -> None:
         buffers.host_np[at : at + size].view(dtype)[rows:bucket] = value
 
 
+def fill_lora(buffers: Buffers, plan: LoraPlan, bucket: int) -> None:
+    """The adapters' part of a step of decode rows, filled up with blocks of no token."""
+    blocks = [*plan.blocks, *[0] * (3 * bucket - len(plan.blocks))]
+    buffers.fill("lora_tokens", plan.tokens, np.int64)
+    buffers.fill("lora_blocks", blocks, np.int64)
+
+
 @dataclass
 class _Kind:
     """Steps that share a graph, once there is one."""
 
     model: BoundModel
     batch: ForwardBatch
+    lora: LoraBatch | None
     logits_BV: torch.Tensor
     graph: Any = None
     keep: list[torch.Tensor] = field(default_factory=list)
@@ -77,19 +87,27 @@ class DecodeGraphs:
     """The graphs of one lane. All methods are called with the lane's stream in use."""
 
     def __init__(
-        self, unit: UnitSpec, device: torch.device, attention: HeadsBackend, *, enabled: bool
+        self,
+        unit: UnitSpec,
+        device: torch.device,
+        attention: HeadsBackend,
+        lora: LoraOps,
+        *,
+        enabled: bool,
     ) -> None:
-        """attention: an object of its own, whose scratch no other step touches. Not enabled: steps
-        are filled up all the same, and nothing is captured (the same bits, launch by launch)."""
+        """attention: an object of its own, whose scratch no other step touches. lora: one that
+        goes by `LoraBatch.blocks_B3`. Not enabled: steps are filled up all the same, and nothing
+        is captured (the same bits, launch by launch)."""
         self._unit = unit
         self._attention = attention
+        self._lora = lora
         self._enabled = enabled
         self._inputs = Buffers(unit, device)
         self._each = torch.arange(unit.max_rows + 1, device=device)
         self._each32 = self._each.to(torch.int32)
         self._ones32 = torch.ones(unit.max_rows, dtype=torch.int32, device=device)
         self._logits: torch.Tensor | None = None
-        self._kinds: dict[tuple[str, int, int], _Kind] = {}
+        self._kinds: dict[tuple[str, int, int, tuple[int, ...]], _Kind] = {}
         self.count = 0
         """Kinds of steps with a graph."""
         self._pool: Any = None
@@ -99,7 +117,8 @@ class DecodeGraphs:
         filled up."""
         model, bucket = step.model, step.bucket
         assert bucket is not None
-        kind = self._kind(model, bucket, max(step.row_starts) + step.launched + 1)
+        longest = max(step.row_starts) + step.launched + 1
+        kind = self._kind(model, bucket, longest, step.lora_caps)
         self._inputs.on_device.copy_(step.buffers.on_device, non_blocking=True)
         if before_layer is not None or kind.graph is None:
             self._eager(kind, before_layer)
@@ -115,16 +134,16 @@ class DecodeGraphs:
             self.count -= self._kinds[key].graph is not None
             del self._kinds[key]
 
-    def _kind(self, model: BoundModel, bucket: int, longest: int) -> _Kind:
+    def _kind(self, model: BoundModel, bucket: int, longest: int, caps: tuple[int, ...]) -> _Kind:
         most = model.page_table.shape[1] * model.spec.page_tokens
         longest = next((size for size in LONGEST if size >= longest), most)
-        key = (model.spec.name, bucket, longest)
+        key = (model.spec.name, bucket, longest, caps)
         kind = self._kinds.get(key)
         if kind is None or kind.model is not model:
-            kind = self._kinds[key] = self._make(model, bucket, longest)
+            kind = self._kinds[key] = self._make(model, bucket, longest, caps)
         return kind
 
-    def _make(self, model: BoundModel, bucket: int, longest: int) -> _Kind:
+    def _make(self, model: BoundModel, bucket: int, longest: int, caps: tuple[int, ...]) -> _Kind:
         view = self._inputs.view
         batch = ForwardBatch(
             token_ids=view("token_ids", bucket),
@@ -139,7 +158,12 @@ class DecodeGraphs:
             starts=(longest - 1,) * bucket,
             num_tokens=(1,) * bucket,
         )
-        return _Kind(model, batch, self._logits_of(model, bucket))
+        lora = None
+        if any(caps):
+            blocks = view("lora_blocks", 3 * bucket).view(bucket, 3)
+            widths = (caps,) * model.arch.num_layers
+            lora = LoraBatch((), view("lora_tokens", bucket), blocks, widths, self._lora)
+        return _Kind(model, batch, lora, self._logits_of(model, bucket))
 
     def _logits_of(self, model: BoundModel, bucket: int) -> torch.Tensor:
         """All kinds share one piece of memory; an earlier, smaller one lives on in its graphs."""
@@ -155,7 +179,12 @@ class DecodeGraphs:
         model = kind.model
         self._attention.plan(kind.batch, model.kv)
         model.decoder.forward(
-            kind.batch, self._attention, model.kv, before_layer, logits_out=kind.logits_BV
+            kind.batch,
+            self._attention,
+            model.kv,
+            before_layer,
+            kind.lora,
+            logits_out=kind.logits_BV,
         )
 
     def _capture(self, kind: _Kind) -> None:

@@ -28,7 +28,7 @@ from weft.engine.adjust import (
     bias_arrays,
     penalty_arrays,
 )
-from weft.engine.graphs import DecodeGraphs, bucket_of, fill_up
+from weft.engine.graphs import DecodeGraphs, bucket_of, fill_lora, fill_up
 from weft.engine.logprobs import score
 from weft.engine.model import BoundModel
 from weft.engine.plan_check import check_plan
@@ -39,6 +39,7 @@ from weft.engine.step import Step
 from weft.grammar.matchers import Matchers
 from weft.grammar.tokenizers import Vocabulary
 from weft.models.decoder import LayerStates
+from weft.models.lora import LoraPlan
 
 LogitsTap = Callable[[StepPlan, int, torch.Tensor], None]
 """(plan, iteration, clone of logits [S, V]): for tests that compare bits."""
@@ -97,6 +98,7 @@ class Runner:
         many steps are unreleased; neither has any effect.
         """
         check_plan(plan, model, self._unit)
+        lora = self._adapters.plan(plan)
         if plan.repeat > self._ring[0].tokens.shape[0]:
             raise ValueError(f"repeat {plan.repeat} exceeds max_repeat {self._unit.max_repeat}")
         # Steps of different models need not end in the order they began: any free one will do.
@@ -111,8 +113,12 @@ class Runner:
                 step.bucket = bucket_of(plan, self._unit.max_rows)
                 if step.bucket is not None:
                     fill_up(buffers, len(plan.rows), step.bucket)
+                    if lora is not None:
+                        fill_lora(buffers, lora, step.bucket)
+                        step.lora_caps = lora.caps
             buffers.upload()
-            self._stage_early(step)
+            # What is filled up has the adapters' part at a fixed place.
+            self._stage_early(step, None if step.lora_caps else lora)
         except BaseException:
             step.release()
             raise
@@ -177,7 +183,7 @@ class Runner:
         if step.sampling is not None:
             step.sampling.advance_()
 
-    def _stage_early(self, step: Step) -> None:
+    def _stage_early(self, step: Step, lora: LoraPlan | None) -> None:
         """Page table entries, stop ids, biases and the rows of adapters: what differs in size from
         plan to plan."""
         plan, table = step.plan, step.model.page_table
@@ -186,7 +192,6 @@ class Runner:
         scoring = np.array([i for i, _ in step.scoring], dtype=np.int64)
         scored = scored_positions(plan)
         entries = page_entries(plan, table.shape[1])
-        lora = self._adapters.plan(plan)
         arrays = [*entries, stops.reshape(-1), *bias_arrays(rows), scoring, *scored]
         arrays += self._adapters.arrays(lora)
         put = step.buffers.early.put(arrays)

@@ -80,6 +80,8 @@ class Buffers:
             "seed": rows,
             "output_index": rows,
             "min_remaining": rows,
+            "lora_tokens": rows,
+            "lora_blocks": 3 * rows,
         }
         self.device = device
         self.places: dict[str, tuple[int, int]] = {}

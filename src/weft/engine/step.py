@@ -33,6 +33,8 @@ class Step:
         self.sampling: SamplingBatch | None = None
         self.bias: Bias | None = None
         self.lora: LoraBatch | None = None
+        self.lora_caps: tuple[int, ...] = ()
+        """Of a step that is filled up and has adapters: see `LoraPlan.caps`."""
         self.complete: set[int] = set()
         """Rows whose grammar lets nothing follow."""
         self.errors: dict[int, str] = {}

@@ -39,14 +39,17 @@ class Batch(Protocol):
 
 @triton.jit
 def _block(blocks_ptr, tokens_ptr, place, BLOCK_T: tl.constexpr):
-    """This program's block: the adapter's entry for this product, places of the tokens."""
+    """This program's block: the adapter's entry for this product, places of the tokens, rank."""
     entry_ptr = blocks_ptr + tl.program_id(0) * 3
     table_ptr = tl.load(entry_ptr).to(tl.pointer_type(tl.int64)) + place * 3
     first = tl.load(entry_ptr + 1)
+    count = tl.load(entry_ptr + 2)
     rows = tl.arange(0, BLOCK_T)
-    live = rows < tl.load(entry_ptr + 2)
+    live = rows < count
     tokens = tl.load(tokens_ptr + first + rows, mask=live, other=0)
-    return table_ptr, first + rows, live, tokens
+    # A block of no token has nothing to do, and its address may be none.
+    rank = tl.load(table_ptr + 2, mask=count > 0, other=0).to(tl.int32)
+    return table_ptr, first + rows, live, tokens, rank
 
 
 @triton.jit
@@ -64,8 +67,7 @@ def _shrink(
     BLOCK_R: tl.constexpr,
 ):
     """low = x a^T: one program per block and tile of the rank."""
-    table_ptr, entries, live, tokens = _block(blocks_ptr, tokens_ptr, place, BLOCK_T)
-    rank = tl.load(table_ptr + 2).to(tl.int32)
+    table_ptr, entries, live, tokens, rank = _block(blocks_ptr, tokens_ptr, place, BLOCK_T)
     first_rank = tl.program_id(1) * BLOCK_R
     if first_rank < rank:
         a_ptr = tl.load(table_ptr).to(tl.pointer_type(x_ptr.dtype.element_ty))
@@ -105,8 +107,7 @@ def _expand(
     BLOCK_R: tl.constexpr,
 ):
     """y += low b^T: one program per block and tile of the outputs."""
-    table_ptr, entries, live, tokens = _block(blocks_ptr, tokens_ptr, place, BLOCK_T)
-    rank = tl.load(table_ptr + 2).to(tl.int32)
+    table_ptr, entries, live, tokens, rank = _block(blocks_ptr, tokens_ptr, place, BLOCK_T)
     if rank > 0:
         b_ptr = tl.load(table_ptr + 1).to(tl.pointer_type(y_ptr.dtype.element_ty))
         columns = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)

@@ -77,6 +77,15 @@ class LoraPlan(NamedTuple):
     """Places in the step of the tokens of each group, one group after another."""
     blocks: list[int]
     """Three words a block: address of the adapter's table, first entry of `tokens`, count."""
+    widths: tuple[tuple[int, ...], ...]
+    """Per layer and product the highest rank that any group has there."""
+
+    @property
+    def caps(self) -> tuple[int, ...]:
+        """For each product a rank that no layer exceeds: 0, or a power of two. Few different ones
+        come up, so steps that have them in common may share a graph."""
+        highest = (max(layer[i] for layer in self.widths) for i in range(len(PARTS)))
+        return tuple(1 << (rank - 1).bit_length() if rank else 0 for rank in highest)
 
 
 class LoraBatch(NamedTuple):
@@ -86,7 +95,9 @@ class LoraBatch(NamedTuple):
     tokens_N: torch.Tensor
     """int64: indices of tokens of the step, all different."""
     blocks_B3: torch.Tensor
-    """int64, as `LoraPlan.blocks`."""
+    """int64, as `LoraPlan.blocks`; those of no token may be anywhere."""
+    widths: tuple[tuple[int, ...], ...]
+    """As in `LoraPlan`, or more."""
     ops: "LoraOps"
 
     @property
@@ -98,9 +109,8 @@ class LoraBatch(NamedTuple):
         return layer * len(PARTS) + PARTS.index(part)
 
     def rank(self, layer: int, part: str) -> int:
-        """The highest rank any group has there."""
-        index = PARTS.index(part)
-        return max(group.weights.shape.ranks[layer][index] for group in self.groups)
+        """No group has a higher one there."""
+        return self.widths[layer][PARTS.index(part)]
 
     def add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, layer: int, part: str) -> torch.Tensor:
         """y with what the adapters make of x added, in place."""
@@ -139,7 +149,7 @@ def batch_of(plan: LoraPlan, ops: LoraOps, device: torch.device | str = "cpu") -
     """The plan in tensors of its own."""
     tokens = torch.tensor(plan.tokens, dtype=torch.int64, device=device)
     blocks = torch.tensor(plan.blocks, dtype=torch.int64, device=device).view(-1, 3)
-    return LoraBatch(plan.groups, tokens, blocks, ops)
+    return LoraBatch(plan.groups, tokens, blocks, plan.widths, ops)
 
 
 def plan_lora(rows: Sequence[tuple[LoraWeights | None, int]]) -> LoraPlan:
@@ -160,9 +170,9 @@ def plan_lora(rows: Sequence[tuple[LoraWeights | None, int]]) -> LoraPlan:
         for first in range(0, len(own), BLOCK_TOKENS):
             blocks += [address, len(tokens) + first, min(BLOCK_TOKENS, len(own) - first)]
         tokens += own
-    return LoraPlan(tuple(groups), tokens, blocks)
-
-
-def max_blocks(rows: int, tokens: int) -> int:
-    """Blocks that a step of so many rows and tokens can have at most."""
-    return tokens // BLOCK_TOKENS + rows
+    shapes = [group.weights.shape.ranks for group in groups]
+    widths = tuple(
+        tuple(max(ranks) for ranks in zip(*layers, strict=True))
+        for layers in zip(*shapes, strict=True)
+    )
+    return LoraPlan(tuple(groups), tokens, blocks, widths)

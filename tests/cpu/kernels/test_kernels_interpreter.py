@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "elementwise", "backend", "sampling", "lora", "quant"]
+    "name", ["attention", "elementwise", "backend", "sampling", "lora", "lora_steps", "quant"]
 )
 def test_interpreted(name: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
