@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from weft.core.model import Activation
-from weft.kernels.skinny import MAX_ROWS, MIN_INPUTS, Scratch, skinny_mm
+from weft.kernels.skinny import Scratch, pays, skinny_mm
 
 
 @triton.jit
@@ -209,10 +209,6 @@ def _norm(
     return out_TH
 
 
-SKINNY_WEIGHTS = 4 << 20
-"""Elements from which on few rows are multiplied by `skinny_mm`; cuBLAS wins below."""
-
-
 class TritonOps:
     """`models.ops.Ops` by the kernels above; for tensors with a unit stride in the last axis."""
 
@@ -249,8 +245,7 @@ class TritonOps:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """By our own kernel where that is faster than cuBLAS."""
-        large = weight_IO.numel() >= SKINNY_WEIGHTS and weight_IO.shape[0] >= MIN_INPUTS
-        if x_TI.shape[0] > MAX_ROWS or x_TI.element_size() != 2 or not large:
+        if x_TI.element_size() != 2 or not pays(x_TI.shape[0], *weight_IO.shape):
             if bias_O is None:
                 return torch.mm(x_TI, weight_IO, out=out)
             return torch.addmm(bias_O, x_TI, weight_IO, out=out)

@@ -1,7 +1,7 @@
 """Matrix products of few rows: as fast as the weights can be read.
 
-At up to 32 rows a product is bound by memory, and cuBLAS leaves 10 to 25 % of the bandwidth unused
-on Hopper at the shapes of a 7B model (docs/lab.md). Here each program holds 64 outputs of all rows
+At so few rows a product is bound by memory, and cuBLAS leaves 10 to 25 % of the bandwidth unused on
+Hopper at the shapes of a 7B model (docs/lab.md). Here each program holds 64 outputs of all rows
 and streams its part of the weights. Where the outputs alone are too few programs to fill the
 device, the inputs are cut too: the last program of an output block to finish adds the parts up, in
 their order, whoever it is. So the result is a function of the shapes alone.
@@ -19,6 +19,7 @@ MAX_ROWS = 32
 BLOCK_O = 64
 PROGRAMS = 528
 """Four for each SM of an H200."""
+MIN_WEIGHTS = 4 << 20
 MIN_INPUTS = 256
 """A split reads at least so many inputs."""
 
@@ -86,7 +87,8 @@ def _skinny_kernel(
         last = tl.atomic_add(count_ptr + block, 1, sem="acq_rel") == SPLITS - 1
         if last:
             acc = tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.float32)
-            for i in range(SPLITS):
+            # Unrolled: all loads are under way before the first sum.
+            for i in tl.static_range(SPLITS):
                 acc += tl.load(parts + i * BLOCK_O * BLOCK_T, cache_modifier=".cg")
             tl.store(count_ptr + block, 0)
     if last:
@@ -116,6 +118,14 @@ class Scratch:
             torch.empty(parts, dtype=torch.float32, device=device),
             torch.zeros(PROGRAMS, dtype=torch.int32, device=device),
         )
+
+
+def pays(rows: int, inputs: int, outputs: int) -> bool:
+    """Whether this is faster than cuBLAS: beyond 16 rows adding up the parts of split inputs costs
+    more than is won."""
+    if rows > MAX_ROWS or inputs < MIN_INPUTS or inputs * outputs < MIN_WEIGHTS:
+        return False
+    return rows <= 16 or splits(inputs, outputs)[0] == 1
 
 
 def splits(inputs: int, outputs: int) -> tuple[int, int]:
