@@ -8,9 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from support.pool_process import PoolProcess, poll, running_pool, stream_text
 from support.tiny import tiny_checkpoint
+from weft.cli import main as cli
+from weft.core.errors import WeftError
 
 PROMPT = [3, 7, 11, 5]
 
@@ -177,6 +180,28 @@ def test_load_unload_and_pin(pool: PoolProcess) -> None:
     assert not command(pool, "unpin", model="bee")["pinned"]
     assert command(pool, "unload", model="bee", wait_s=30)["state"] == "absent"
     assert "no model" in refused(pool, "load", model="nobody")
+
+
+def test_the_command_line_speaks_to_the_socket(pool: PoolProcess) -> None:
+    def weft(*args: str) -> Any:
+        socket = ["--socket", str(pool.admin_socket)]
+        return CliRunner().invoke(cli.app, [*args, *socket])
+
+    assert weft("load", "bee").output.startswith("bee is resident")
+    assert weft("unload", "bee").output.startswith("bee is absent")
+    assert "ant is pinned" in weft("pin", "ant").output
+    assert "pinned" in weft("models").output and "no longer" in weft("unpin", "ant").output
+    assert weft("reload").output == "nothing changed\n"
+    pool.configure(models=[entry("ant"), entry("new", "nowhere")], turn_s=0.2)
+    result = weft("reload")
+    assert result.exit_code == 1
+    for line in ("removed: bee", "needs a restart: turn_s", "failed: new: "):
+        assert line in result.output
+    with pytest.raises(WeftError, match="no model"):
+        raise weft("load", "nobody").exception
+    url = ["--url", pool.url]
+    said = CliRunner().invoke(cli.app, ["run", "ant", "hi", "--max-tokens", "3", *url])
+    assert said.exit_code == 0 and said.output.endswith("\n") and len(said.output) > 1
 
 
 def test_only_checkpoints_under_declared_roots_are_loaded_by_path(

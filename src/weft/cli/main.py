@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from weft.cli import key
+from weft.cli import admin, key, talk
 from weft.core.errors import WeftError
 
 DEFAULT_URL = "http://127.0.0.1:8321"
@@ -39,10 +39,15 @@ app = typer.Typer(
     "\b\n"
     "  weft serve ./models/speaker ./models/coder\n"
     "  weft serve pool.yaml\n"
-    "  weft ps --watch",
+    "  weft ps --watch\n"
+    "  weft chat speaker\n"
+    "  weft reload\n\n"
+    "Completion of commands and options: weft --install-completion.",
 )
 
 app.add_typer(key.app, name="key")
+admin.register(app)
+talk.register(app)
 
 Url = Annotated[str, typer.Option(help="The server.", envvar="WEFT_URL")]
 
@@ -70,6 +75,7 @@ def serve(
         bool, typer.Option("--insecure", help="Allow an address that others can reach.")
     ] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     trace: Annotated[
         Path | None, typer.Option(help="Write the plan log and timelines into this folder.")
     ] = None,
@@ -93,7 +99,14 @@ def serve(
         policy=policy,
         dtype=dtype,
     )
-    run(paths, overrides, insecure=insecure, log_level=log_level, trace_dir=trace)
+    run(
+        paths,
+        overrides,
+        insecure=insecure,
+        log_level=log_level,
+        log_format=log_format,
+        trace_dir=trace,
+    )
 
 
 @app.command()

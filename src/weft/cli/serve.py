@@ -1,7 +1,6 @@
 """`weft serve`: paths and options become a PoolConfig, and the pool runs."""
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import msgspec
 import typer
 
+from weft import logs
 from weft.config.pool_config import (
     MAX_CONFIG_BYTES,
     PoolConfig,
@@ -17,6 +17,7 @@ from weft.config.pool_config import (
 )
 from weft.core.errors import WeftError
 
+YAML = (".yaml", ".yml")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -38,19 +39,22 @@ def run(
     *,
     insecure: bool,
     log_level: str,
+    log_format: str = "text",
     trace_dir: Path | None,
 ) -> None:
     """Serves until interrupted. Raises WeftError."""
     if log_level.lower() not in LOG_LEVELS:
         raise WeftError(f"--log-level {log_level!r}: use one of {', '.join(LOG_LEVELS)}")
+    if log_format not in logs.FORMATS:
+        raise WeftError(f"--log-format {log_format!r}: use one of {', '.join(logs.FORMATS)}")
     config, base_dir = build_config(paths, overrides)
     from weft.server.binding import check_bind
 
     check_bind(config.server.host, insecure=insecure, has_keys=bool(config.server.keys))
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    logs.configure(log_level, log_format)
     from weft.node.app import run_pool
+
+    file = paths[0] if paths[0].suffix in YAML else None
 
     run_pool(
         config,
@@ -58,6 +62,8 @@ def run(
         insecure=insecure,
         trace_dir=trace_dir,
         on_ready=lambda url: typer.echo(ready_text(config, url)),
+        reload=(lambda: build_config(paths, overrides)) if file is not None else None,
+        config_file=file,
     )
 
 
@@ -75,11 +81,11 @@ def ready_text(config: PoolConfig, url: str) -> str:
 
 def build_config(paths: Sequence[Path], overrides: Overrides) -> tuple[PoolConfig, Path]:
     """The configuration and the folder where its relative paths start. Raises WeftError."""
-    files = [path for path in paths if path.suffix in (".yaml", ".yml")]
+    files = [path for path in paths if path.suffix in YAML]
     if files and len(paths) > 1:
         raise WeftError(f"{files[0]} is a pool of its own; give it alone, or model folders only")
     if files:
-        config = parse_pool_config(_read(files[0]), source=str(files[0]))
+        config = parse_pool_config(read_config_text(files[0]), source=str(files[0]))
         base_dir = files[0].resolve().parent
         source = str(files[0])
     else:
@@ -90,7 +96,8 @@ def build_config(paths: Sequence[Path], overrides: Overrides) -> tuple[PoolConfi
     return make_pool_config(merged, source=source), base_dir
 
 
-def _read(file: Path) -> str:
+def read_config_text(file: Path) -> str:
+    """Raises WeftError."""
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise WeftError(f"{file}: larger than {MAX_CONFIG_BYTES} bytes; is it a pool.yaml?")

@@ -27,7 +27,7 @@ MAX_MODELS = 1024
 MAX_ALIASES = 64
 MAX_ADAPTERS = 1024
 TOOL_PARSERS = ("hermes", "llama3_json", "mistral", "mistral_args", "generic")
-_KEY_HASH = re.compile(r"^sha256:[0-9a-f]{64}$")
+_KEY_HASH = re.compile(r"^[0-9a-f]{64}$")
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,10 +89,9 @@ class AdminConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Path of the Unix socket for `weft load`, `weft reload` and so on; only this user (and root)
     may speak there. Default: a private folder of its own, found by the command line."""
     port: int | None = None
-    """Answer administrators on this TCP port of `server.host` as well; needs `key_hash`."""
-    key_hash: str | None = None
-    """What the key on that port must hash to: sha256: and 64 hexadecimal digits, as
-    `printf %s "$KEY" | sha256sum` prints them."""
+    """Answer administrators on this TCP port of `server.host` as well; needs `key_sha256`."""
+    key_sha256: str | None = None
+    """The hash of the key for that port, 64 hexadecimal digits; `weft key new` makes both."""
     model_roots: tuple[str, ...] = ()
     """Folders whose checkpoints an administrator may add by path (`weft load PATH`); relative
     paths start at the configuration file. Default: none, only the models of this file."""
@@ -192,11 +191,13 @@ def _check(config: PoolConfig, source: str) -> None:
                 parse_bytes(size)
             except WeftError as error:
                 raise WeftError(f"{source}: `$.{path}`: {error}") from None
-    key = config.admin.key_hash
+    key = config.admin.key_sha256
     if key is not None and not _KEY_HASH.fullmatch(key):
-        raise WeftError(f"{source}: `$.admin.key_hash` is not sha256: and 64 hexadecimal digits")
+        raise WeftError(
+            f"{source}: `$.admin.key_sha256` is not 64 hexadecimal digits; `weft key new` says"
+        )
     if config.admin.port is not None and key is None:
-        raise WeftError(f"{source}: `$.admin.port` needs `admin.key_hash` beside it")
+        raise WeftError(f"{source}: `$.admin.port` needs `admin.key_sha256` beside it")
 
 
 def _check_models(config: PoolConfig, source: str) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from weft import logs
 from weft.config.pool_config import PoolConfig
 from weft.config.values import parse_bytes
 from weft.core.errors import WeftError
@@ -57,7 +58,7 @@ def run_pool(
     the workers verify checksums and ledgers (for tests). Raises WeftError
     when nothing can be served at all.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure()
     pool = _Pool(config, base_dir, trace_dir, check, worker_command, reload, config_file)
     asyncio.run(pool.run(insecure=insecure, on_ready=on_ready))
 
@@ -216,7 +217,7 @@ class _Pool:
             log.info("admin=serving url=%s", url_of(tcp))
         app = create_admin_app(operator)
         async with (
-            serve_admin(app, path, tcp, admin.key_hash),
+            serve_admin(app, path, tcp, admin.key_sha256),
             reloads(operator, self._config_file),
         ):
             yield

@@ -63,7 +63,7 @@ class PoolOperator:
         return {"model": card.name, "state": state, "seconds": time.monotonic() - begin_s}
 
     async def pin(self, command: ModelCommand, pinned: bool) -> dict[str, Any]:
-        """Until it is said otherwise, or the next reload that changes the model."""
+        """Until it is said otherwise, or the next reload."""
         card = self._servable(self._find(command.model))
         spec = self._hub.spec(card.name)
         assert spec is not None, "a servable model has a spec"

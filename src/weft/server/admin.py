@@ -33,6 +33,7 @@ log = logging.getLogger("weft.admin")
 
 MAX_BODY_BYTES = 64 << 10
 MAX_WAIT_S = 3600.0
+ROOT = 0
 
 
 class ModelCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,10 +133,10 @@ def _error(status: int, message: str) -> Response:
 class WithKey:
     """Lets those in who send `Authorization: Bearer KEY` with a key of this hash."""
 
-    def __init__(self, app: ASGIApp, key_hash: str) -> None:
-        """key_hash: "sha256:" and 64 hexadecimal digits."""
+    def __init__(self, app: ASGIApp, key_sha256: str) -> None:
+        """key_sha256: 64 hexadecimal digits."""
         self._app = app
-        self._digest = bytes.fromhex(key_hash.removeprefix("sha256:"))
+        self._digest = bytes.fromhex(key_sha256)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._allowed(scope):
@@ -160,7 +161,7 @@ class OwnerOnly(H11Protocol):
         ours: socket.socket = transport.get_extra_info("socket")
         peer = ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         _, uid, _ = struct.unpack("3i", peer)
-        if uid not in (0, os.getuid()):
+        if uid not in (ROOT, os.getuid()):
             log.warning("admin=refused uid=%d", uid)
             self._refused = True
             transport.abort()
@@ -182,14 +183,14 @@ class _Server(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def serve_admin(
-    app: ASGIApp, path: Path, tcp: socket.socket | None = None, key_hash: str | None = None
+    app: ASGIApp, path: Path, tcp: socket.socket | None = None, key_sha256: str | None = None
 ) -> AsyncIterator[None]:
     """Serve `app` on a private Unix socket at `path`, and for those with the key on `tcp` (a bound
     socket, closed at the end). Raises WeftError."""
     sock = bind_socket(path)
     servers = [(_server(app, OwnerOnly), sock)]
-    if tcp is not None and key_hash is not None:
-        servers.append((_server(WithKey(app, key_hash), H11Protocol), tcp))
+    if tcp is not None and key_sha256 is not None:
+        servers.append((_server(WithKey(app, key_sha256), H11Protocol), tcp))
     tasks = [asyncio.create_task(server.serve(sockets=[sock])) for server, sock in servers]
     try:
         while not all(server.started for server, _ in servers):

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from weft import logs
 from weft.core.errors import WeftError
 from weft.core.request import Extent
 from weft.core.unit import UnitSpec
@@ -110,9 +111,7 @@ def main(argv: Sequence[str] | None = None, *, build: Build = build_unit) -> int
     die_with_parent(args.parent)
     # Ctrl-C goes to the whole foreground group; it is the server's to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s %(levelname)s {args.label} %(message)s"
-    )
+    logs.configure(label=args.label)
     channel = WorkerChannel(socket.socket(fileno=args.socket_fd))
     try:
         first, *others = channel.receive(None)

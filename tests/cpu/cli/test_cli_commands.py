@@ -31,7 +31,10 @@ from weft.server.serve import serve
 from weft.server.status import StatusReply
 
 runner = CliRunner()
-COMMANDS = ("serve", "ps", "check", "replay", "doctor", "version", "config-schema")
+COMMANDS = (
+    *("serve", "ps", "check", "replay", "doctor", "version", "config-schema", "key"),
+    *("load", "unload", "pin", "unpin", "reload", "drain", "models", "chat", "run", "import"),
+)
 
 
 def test_help_names_every_command_and_shows_examples() -> None:

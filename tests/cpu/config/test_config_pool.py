@@ -78,8 +78,8 @@ def test_a_text_is_a_duration_or_refused_by_name(text: str) -> None:
     [
         ({"server": {"hold_s": "soon"}}, r"\$\.server\.hold_s.*not a duration"),
         ({"keep_alive_s": -2}, "must lie in -1"),
-        ({"admin": {"port": 1}}, "needs `admin.key_hash`"),
-        ({"admin": {"key_hash": "secret"}}, "64 hexadecimal"),
+        ({"admin": {"port": 1}}, "needs `admin.key_sha256`"),
+        ({"admin": {"key_sha256": "secret"}}, "64 hexadecimal"),
         ({"engine": {"spare_host_memory": "much"}}, "not a size"),
         ({"defaults": {"temperature": 3}}, "must lie in 0 .. 2"),
         ({"defaults": {"temprature": 1}}, "temprature"),
