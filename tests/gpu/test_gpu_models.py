@@ -4,16 +4,15 @@ waits for the device."""
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from support.gpu import to_cuda
 from support.plain import PlainModel, make_batch, packed_weights
 from support.tiny import CLASSES, tiny_checkpoint
-from weft.attention.base import ForwardBatch
 from weft.attention.reference import ReferenceAttention
 from weft.core.actions import Row
 from weft.core.ids import RequestId, SlotId
@@ -38,15 +37,6 @@ def no_host_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def to_cuda(batch: ForwardBatch) -> ForwardBatch:
-    moved = {
-        f.name: value.to(CUDA)
-        for f in fields(batch)
-        if isinstance(value := getattr(batch, f.name), torch.Tensor)
-    }
-    return replace(batch, **moved)
 
 
 @pytest.mark.parametrize("family", sorted(CLASSES))

@@ -1,9 +1,12 @@
 """Marks for tests that need a CUDA device, with the reason why they are skipped."""
 
 import importlib.util
+from dataclasses import fields, replace
 
 import pytest
 import torch
+
+from weft.attention.base import ForwardBatch
 
 
 def why_not() -> str | None:
@@ -19,3 +22,13 @@ needs_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(why_not() is not None, reason=why_not() or "a CUDA device is there"),
 ]
+
+
+def to_cuda(batch: ForwardBatch) -> ForwardBatch:
+    """The same step with its tensors on the device."""
+    moved = {
+        f.name: value.to("cuda")
+        for f in fields(batch)
+        if isinstance(value := getattr(batch, f.name), torch.Tensor)
+    }
+    return replace(batch, **moved)

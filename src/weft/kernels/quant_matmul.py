@@ -31,16 +31,44 @@ SCRATCH_BYTES = 64 << 20
 
 @triton.jit
 def _outputs(
-    first, rows, outputs, w_block, w_row, groups, BLOCK_O: tl.constexpr, ONE: tl.constexpr
+    first,
+    rows,
+    outputs,
+    w_block,
+    w_row,
+    groups,
+    BLOCK_O: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """Of a tile's outputs: their numbers, and where their weights and scales begin."""
+    """Of a tile's outputs: their numbers, and where their weights and scales begin. Outputs past
+    the last read some other's weights."""
     at = first + tl.arange(0, BLOCK_O)
-    if ONE:
+    if ALIGNED:
+        # 16 neighbours stay neighbours: said so that input-major weights are read 16 at a time.
+        inside = tl.max_contiguous(tl.multiple_of(at % outputs, 16), 16)
+    else:
         inside = tl.minimum(at, outputs - 1)
+    if ONE_BLOCK:
         return at, inside.to(tl.int64) * w_row, inside
-    inside = tl.minimum(at, outputs - 1)
     block, row = inside // rows, inside % rows
     return at, block.to(tl.int64) * w_block + row.to(tl.int64) * w_row, block * groups * rows + row
+
+
+@triton.jit
+def _minus_zero(codes, zero, dtype: tl.constexpr):
+    """codes - zero as numbers of a dtype, exactly. A code put into the low bits of a power of two
+    whose last place is 1 is that power plus the code: no conversion, which would cost more than
+    the product."""
+    if dtype == tl.bfloat16:
+        wide = (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+        out = wide - (zero.to(tl.float32) + 128.0).to(tl.bfloat16)
+    elif dtype == tl.float16:
+        wide = (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
+        out = wide - (zero.to(tl.float32) + 1024.0).to(tl.float16)
+    else:
+        out = codes.to(tl.float32) - zero.to(tl.float32)
+    return out
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -62,6 +90,7 @@ def _matmul_kernel(
     GROUP: tl.constexpr,
     FP8: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -75,7 +104,15 @@ def _matmul_kernel(
     groups: tl.constexpr = INPUTS // GROUP
     half: tl.constexpr = BLOCK_I // 2
     offs_o, w_at, scale_at = _outputs(
-        tl.program_id(0) * BLOCK_O, rows, outputs, w_block, w_row, groups, BLOCK_O, ONE_BLOCK
+        tl.program_id(0) * BLOCK_O,
+        rows,
+        outputs,
+        w_block,
+        w_row,
+        groups,
+        BLOCK_O,
+        ONE_BLOCK,
+        ALIGNED,
     )
     offs_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     split = tl.program_id(2)
@@ -105,11 +142,11 @@ def _matmul_kernel(
             raw = tl.load(w_ptr + w_at[:, None] + (step * half + offs_h)[None, :] * w_input)
             low_x = tl.load(x_ptr + x_at[None, :] + (step * BLOCK_I + offs_h)[:, None])
             high_x = tl.load(x_ptr + x_at[None, :] + (step * BLOCK_I + half + offs_h)[:, None])
-            zero = tl.load(zero_ptr + scale_at + group * rows).to(low_x.dtype)[:, None]
-            part = tl.dot((raw & 15).to(low_x.dtype) - zero, low_x, input_precision="ieee")
-            part = tl.dot(
-                (raw >> 4).to(low_x.dtype) - zero, high_x, acc=part, input_precision="ieee"
-            )
+            zero = tl.load(zero_ptr + scale_at + group * rows)[:, None]
+            low = _minus_zero(raw & 15, zero, low_x.dtype)
+            high = _minus_zero(raw >> 4, zero, low_x.dtype)
+            part = tl.dot(low, low_x, input_precision="ieee")
+            part = tl.dot(high, high_x, acc=part, input_precision="ieee")
         if groups == 1:
             acc += part
         else:
@@ -153,6 +190,7 @@ def _dequantize_kernel(
     zero_ptr,
     out_ptr,
     first,
+    count,
     rows,
     outputs,
     w_block,
@@ -164,21 +202,24 @@ def _dequantize_kernel(
     GROUP: tl.constexpr,
     FP8: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Grid (O' / BLOCK_O, I / BLOCK_I). Outputs first .. outputs - 1 of a matrix, as numbers."""
+    """Grid (O' / BLOCK_O, I / BLOCK_I). Outputs first .. first + count - 1, as numbers."""
     groups: tl.constexpr = INPUTS // GROUP
     half: tl.constexpr = BLOCK_I // 2
     begin = tl.program_id(0) * BLOCK_O
-    offs_o, w_at, scale_at = _outputs(
-        first + begin, rows, outputs, w_block, w_row, groups, BLOCK_O, ONE_BLOCK
+    _, w_at, scale_at = _outputs(
+        first + begin, rows, outputs, w_block, w_row, groups, BLOCK_O, ONE_BLOCK, ALIGNED
     )
     step = tl.program_id(1)
     group = step * BLOCK_I // GROUP
-    in_o = (offs_o < outputs)[:, None]
+    # Counted from the part's beginning, whose alignment the compiler need not know.
+    local = begin + tl.arange(0, BLOCK_O)
+    in_o = (local < count)[:, None]
     scale = tl.load(scale_ptr + scale_at + group * rows).to(tl.float32)[:, None]
-    out = out_ptr + (offs_o - first).to(tl.int64)[:, None] * out_row
+    out = out_ptr + local.to(tl.int64)[:, None] * out_row
     if FP8:
         offs_i = step * BLOCK_I + tl.arange(0, BLOCK_I)
         inside = in_o & (offs_i < INPUTS)[None, :]
@@ -308,13 +349,14 @@ class TritonQuantMatmul:
             GROUP=weight.group,
             FP8=fp8,
             ONE_BLOCK=weight.data.shape[0] == 1,
+            ALIGNED=outputs % 16 == 0,
             SPLITS=splits,
             HAS_BIAS=bias_O is not None and splits == 1,
             BLOCK_T=tile.block_t,
             BLOCK_O=tile.block_o,
             BLOCK_I=_tile_inputs(block_i),
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=min(tile.stages, 2) if x_TI.element_size() == 4 else tile.stages,
         )
         if splits > 1:
             _sum_kernel[(triton.cdiv(tokens * outputs, 1024),)](
@@ -369,14 +411,16 @@ class TritonQuantMatmul:
             weight.data if weight.zero is None else weight.zero,
             out_OI,
             first,
+            rows,
             weight.data.shape[1],
-            end,
+            weight.outputs,
             *weight.data.stride(),
             *out_OI.stride(),
             INPUTS=inputs,
             GROUP=weight.group,
             FP8=fp8,
             ONE_BLOCK=weight.data.shape[0] == 1,
+            ALIGNED=first % 16 == 0 and weight.outputs % 16 == 0,
             BLOCK_O=block_o,
             BLOCK_I=block_i,
             num_warps=4,
