@@ -38,21 +38,29 @@ def _outputs(
     w_row,
     groups,
     BLOCK_O: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    TILED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """Of a tile's outputs: their numbers, and where their weights and scales begin. Outputs past
-    the last read some other's weights."""
+    the last read some other's weights.
+
+    TILED: tiles divide a block. ALIGNED: 16 neighbours are in one block; said so that the compiler
+    reads them together.
+    """
     at = first + tl.arange(0, BLOCK_O)
-    if ALIGNED:
-        # 16 neighbours stay neighbours: said so that input-major weights are read 16 at a time.
+    if TILED:
+        block = first // rows
+        row = first % rows + tl.arange(0, BLOCK_O)
+        row = tl.max_contiguous(tl.multiple_of(row, BLOCK_O), BLOCK_O)
+    elif ALIGNED:
         inside = tl.max_contiguous(tl.multiple_of(at % outputs, 16), 16)
+        block = tl.max_constancy(inside // rows, 16)
+        row = tl.max_contiguous(tl.multiple_of(inside % rows, 16), 16)
     else:
         inside = tl.minimum(at, outputs - 1)
-    if ONE_BLOCK:
-        return at, inside.to(tl.int64) * w_row, inside
-    block, row = inside // rows, inside % rows
-    return at, block.to(tl.int64) * w_block + row.to(tl.int64) * w_row, block * groups * rows + row
+        block, row = inside // rows, inside % rows
+    w_at = block.to(tl.int64) * w_block + row.to(tl.int64) * w_row
+    return at, w_at, block * groups * rows + row
 
 
 @triton.jit
@@ -89,7 +97,7 @@ def _matmul_kernel(
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
     FP8: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    TILED: tl.constexpr,
     ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -111,7 +119,7 @@ def _matmul_kernel(
         w_row,
         groups,
         BLOCK_O,
-        ONE_BLOCK,
+        TILED,
         ALIGNED,
     )
     offs_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -121,8 +129,17 @@ def _matmul_kernel(
     steps: tl.constexpr = (INPUTS + BLOCK_I - 1) // BLOCK_I
     span: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     acc = tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.float32)
+    # Scales and zero points are read a step ahead: too narrow to be read as the weights are.
+    group = tl.minimum(split * span, steps - 1) * BLOCK_I // GROUP
+    scale = tl.load(scale_ptr + scale_at + group * rows)
+    zero = scale if FP8 else tl.load(zero_ptr + scale_at + group * rows)
     for step in range(split * span, tl.minimum(split * span + span, steps)):
-        group = step * BLOCK_I // GROUP
+        next_scale, next_zero = scale, zero
+        if groups > 1:
+            group = tl.minimum(step + 1, steps - 1) * BLOCK_I // GROUP
+            next_scale = tl.load(scale_ptr + scale_at + group * rows)
+            if not FP8:
+                next_zero = tl.load(zero_ptr + scale_at + group * rows)
         if FP8:
             offs_i = step * BLOCK_I + tl.arange(0, BLOCK_I)
             if INPUTS % BLOCK_I == 0:
@@ -142,17 +159,17 @@ def _matmul_kernel(
             raw = tl.load(w_ptr + w_at[:, None] + (step * half + offs_h)[None, :] * w_input)
             low_x = tl.load(x_ptr + x_at[None, :] + (step * BLOCK_I + offs_h)[:, None])
             high_x = tl.load(x_ptr + x_at[None, :] + (step * BLOCK_I + half + offs_h)[:, None])
-            zero = tl.load(zero_ptr + scale_at + group * rows)[:, None]
-            low = _minus_zero(raw & 15, zero, low_x.dtype)
-            high = _minus_zero(raw >> 4, zero, low_x.dtype)
+            low = _minus_zero(raw & 15, zero[:, None], low_x.dtype)
+            high = _minus_zero(raw >> 4, zero[:, None], low_x.dtype)
             part = tl.dot(low, low_x, input_precision="ieee")
             part = tl.dot(high, high_x, acc=part, input_precision="ieee")
         if groups == 1:
             acc += part
         else:
-            acc += part * tl.load(scale_ptr + scale_at + group * rows).to(tl.float32)[:, None]
+            acc += part * scale.to(tl.float32)[:, None]
+        scale, zero = next_scale, next_zero
     if groups == 1:
-        acc = acc * tl.load(scale_ptr + scale_at).to(tl.float32)[:, None]
+        acc = acc * scale.to(tl.float32)[:, None]
     inside = (offs_o < outputs)[:, None] & in_t[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_o, mask=offs_o < outputs, other=0.0)
@@ -201,7 +218,7 @@ def _dequantize_kernel(
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
     FP8: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    TILED: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -211,7 +228,7 @@ def _dequantize_kernel(
     half: tl.constexpr = BLOCK_I // 2
     begin = tl.program_id(0) * BLOCK_O
     _, w_at, scale_at = _outputs(
-        first + begin, rows, outputs, w_block, w_row, groups, BLOCK_O, ONE_BLOCK, ALIGNED
+        first + begin, rows, outputs, w_block, w_row, groups, BLOCK_O, TILED, ALIGNED
     )
     step = tl.program_id(1)
     group = step * BLOCK_I // GROUP
@@ -348,8 +365,8 @@ class TritonQuantMatmul:
             INPUTS=weight.inputs,
             GROUP=weight.group,
             FP8=fp8,
-            ONE_BLOCK=weight.data.shape[0] == 1,
-            ALIGNED=outputs % 16 == 0,
+            TILED=weight.data.shape[1] % tile.block_o == 0,
+            ALIGNED=weight.data.shape[1] % 16 == 0,
             SPLITS=splits,
             HAS_BIAS=bias_O is not None and splits == 1,
             BLOCK_T=tile.block_t,
@@ -419,8 +436,8 @@ class TritonQuantMatmul:
             INPUTS=inputs,
             GROUP=weight.group,
             FP8=fp8,
-            ONE_BLOCK=weight.data.shape[0] == 1,
-            ALIGNED=first % 16 == 0 and weight.outputs % 16 == 0,
+            TILED=first % block_o == 0 and weight.data.shape[1] % block_o == 0,
+            ALIGNED=first % 16 == 0 and weight.data.shape[1] % 16 == 0,
             BLOCK_O=block_o,
             BLOCK_I=block_i,
             num_warps=4,

@@ -27,11 +27,12 @@ LAYOUTS = pytest.mark.parametrize(("blocks", "input_major"), [(2, False), (1, Fa
 @FORMS
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
 def test_fused(kind: str, group: int, blocks: int, input_major: bool, dtype: torch.dtype) -> None:
-    """Rows that fill no tile, several blocks and splits, a bias or none."""
-    weight = quant_weight(
-        kind, outputs=80, inputs=128, group=group, blocks=blocks, input_major=input_major
-    )
-    for tokens, splits, bias in ((19, 1, None), (3, 4, torch.randn(80).to(dtype))):
+    """Tiles that divide a block and that do not, splits, a bias or none."""
+    for outputs, tokens, splits in ((80, 19, 1), (64, 3, 4)):
+        weight = quant_weight(
+            kind, outputs=outputs, inputs=128, group=group, blocks=blocks, input_major=input_major
+        )
+        bias = torch.randn(outputs).to(dtype) if splits > 1 else None
         x = torch.randn(tokens, 128).to(dtype)
         ours = TritonQuantMatmul(4, prefill="fused", tile=SMALL, splits=splits)
         assert relative_error(ours(x, weight, bias), TWIN(x, weight, bias)) < LIMITS[dtype]

@@ -53,7 +53,7 @@ def test_weights_are_read_wide_and_ahead(kind: str, input_major: bool) -> None:
         "INPUTS": 4096,
         "GROUP": 4096 if fp8 else 128,
         "FP8": fp8,
-        "ONE_BLOCK": input_major,
+        "TILED": True,
         "ALIGNED": True,
         "w_row" if input_major else "w_input": 1,
     }
@@ -64,7 +64,7 @@ def test_weights_are_read_wide_and_ahead(kind: str, input_major: bool) -> None:
     widths = {int(w, 0) for w in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?(0x\w+)", ptx)}
     assert widths
     assert min(widths) >= 8
-    assert "ld.global.b8" not in ptx
+    assert ptx.count("ld.global.b8") < 8, "some for zero points, none for weights"
     assert "cvt.rn.bf16.u" not in ptx, "codes become numbers without a conversion"
 
     sizes = {"BLOCK_O": 128 if input_major else 32, "BLOCK_I": 32 if fp8 and input_major else 128}
