@@ -4,6 +4,9 @@ A change of a model's files, dtype or context is another model below (`hub.model
 built beside the old one, then takes its place, and the old one goes when its last request has
 ended. Everything else (objectives, weight, pinned, aliases, defaults) changes at once.
 
+An adapter is an entry of its own behind its base's, and belongs to certain weights of it: when the
+base has new ones, each of its adapters is served anew on them in the same instant.
+
 Everything runs in the event loop's thread, except reading headers and writing images.
 """
 
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from weft.config.pool_config import ModelConfig, PoolConfig
+from weft.config.pool_config import ModelConfig, PoolConfig, served_entries
 from weft.core.errors import WeftError
 from weft.core.ids import ModelName
 from weft.core.request import SamplingDefaults
@@ -34,7 +37,7 @@ from weft.node.images import (
     StorePlan,
     build,
     make_served,
-    read_checkpoint,
+    read_all,
 )
 from weft.transport.messages import BindModel
 
@@ -149,16 +152,20 @@ class Catalog:
 
     def _is_built(self, model: ServedModel) -> None:
         name, below = model.config.name, model.spec.name
-        if self._coming.get(name) == below:
+        taken_over = self._coming.get(name) == below
+        if taken_over:
             del self._coming[name]
             self._put(model)
         self._hub.model_ready(below)
+        if taken_over:
+            self._apply_adapters(name)
 
     def _cannot_build(self, model: ServedModel, reason: str) -> None:
         name, below = model.config.name, model.spec.name
         if self._coming.get(name) == below:
             log.error("model=%s stays as it was, the new one failed: %s", name, reason)
             del self._coming[name]
+            self._apply_adapters(name)
         else:
             log.error("model=%s state=failed reason=%s", name, reason)
             self._hub.model_failed(below, reason)
@@ -177,8 +184,10 @@ class Catalog:
         self._created_s[name] = int(time.time())
         self._current[name] = model.spec.name
         # Grammars read it in the worker, when the first one comes.
-        image = msgspec.structs.replace(model.image, tokenizer=str(model.path / "tokenizer.json"))
-        bind = BindModel(model=model.spec, arch=model.arch, image=image)
+        image = msgspec.structs.replace(
+            model.image, tokenizer=str(model.text_path / "tokenizer.json")
+        )
+        bind = BindModel(model=model.spec, arch=model.arch, image=image, adapter=model.adapter)
         self._hub.add_model(self._card(model), bind)
 
     def _fail(self, failed: FailedModel) -> None:
@@ -244,22 +253,25 @@ class Catalog:
         """Serve what `config` says. Models whose files cannot be served are reported; those that
         are served already stay as they are."""
         async with self._reloading:
-            found = await asyncio.to_thread(_read_all, config.models, base_dir)
+            entries = list(served_entries(config))
+            found = await asyncio.to_thread(read_all, entries, base_dir)
             report = ReloadReport(needs_restart=needs_restart(self._started, config))
             self.config, self._base_dir = config, base_dir
-            wanted = {model.name for model in config.models}
+            wanted = {entry.name for entry, _ in entries}
             for name in [name for name in self._current if name not in wanted]:
                 self._remove(name)
                 report.removed.append(name)
-            for model in config.models:
-                self._apply_model(model, found[model.name], report)
+            for entry, base in entries:
+                if base is None or base.name not in self._coming:
+                    self._apply_model(entry, found[entry.name], report, base)
             log.info("reload %s", report.line())
             return report
 
     async def add(self, model: ModelConfig) -> None:
         """Serve one model more, until the next reload. Raises WeftError."""
         async with self._reloading:
-            found = (await asyncio.to_thread(_read_all, [model], self._base_dir))[model.name]
+            entries = [(model, None)]
+            found = (await asyncio.to_thread(read_all, entries, self._base_dir))[model.name]
             if isinstance(found, str):
                 raise WeftError(found)
             report = ReloadReport()
@@ -268,8 +280,27 @@ class Catalog:
                 raise WeftError(report.failed[model.name])
             self.config = msgspec.structs.replace(self.config, models=[*self.config.models, model])
 
-    def _apply_model(self, model: ModelConfig, found: Found, report: ReloadReport) -> None:
+    def _apply_adapters(self, name: str) -> None:
+        """The base of this name has new weights now, or will not have them after all. Reads
+        headers here: nobody may ask for an adapter on a base that has gone."""
+        entries = [entry for entry in served_entries(self.config) if name in _names(entry)]
+        if len(entries) < 2:
+            return
+        found = read_all(entries, self._base_dir)
+        report = ReloadReport()
+        for entry, base in entries[1:]:
+            self._apply_model(entry, found[entry.name], report, base)
+        log.info("adapters of model=%s %s", name, report.line())
+
+    def _apply_model(
+        self,
+        model: ModelConfig,
+        found: Found,
+        report: ReloadReport,
+        base: ModelConfig | None = None,
+    ) -> None:
         name = model.name
+        below_it = None if base is None else self._current[base.name]
         now = self._models.get(self._current[name]) if name in self._current else None
         coming = self._models.get(self._coming[name]) if name in self._coming else None
         if isinstance(found, str):
@@ -280,24 +311,27 @@ class Catalog:
                     FailedModel(config=model, path=self._base_dir / model.path, reason=found)
                 )
             return
-        if coming is not None and not _same_weights(coming, model, found):
+        if coming is not None and not _same_weights(coming, model, found, below_it):
             self._drop_coming(name)
             coming = None
         try:
             if coming is not None:
                 # Not served yet: what it is told counts from its first request.
                 below = coming.spec.name
-                self._models[below] = make_served(model, self.config, found, coming.image, below)
+                self._models[below] = make_served(
+                    model, self.config, found, coming.image, below, below_it
+                )
                 report.changed.append(name)
-            elif now is not None and _same_weights(now, model, found):
+            elif now is not None and _same_weights(now, model, found, below_it):
                 if changed := self._wishes(now, model, found):
                     self._change(changed)
                     report.updated.append(name)
             else:
-                new = self._new(model, found)
-                if now is None:
+                new = self._new(model, found, below_it)
+                if now is None or now.spec.base != below_it:
+                    # Also an adapter whose base has gone: what it could do is over.
                     self._serve(new)
-                    report.added.append(name)
+                    (report.added if now is None else report.changed).append(name)
                 else:
                     self._replace(new)
                     report.changed.append(name)
@@ -308,11 +342,11 @@ class Catalog:
         self, now: ServedModel, model: ModelConfig, found: Checkpoint
     ) -> ServedModel | None:
         """The same weights as the configuration wants them now; None if nothing is different."""
-        changed = make_served(model, self.config, found, now.image, now.spec.name)
+        changed = make_served(model, self.config, found, now.image, now.spec.name, now.spec.base)
         same_card = self._hub.find(model.name) == self._card(changed)
         return None if same_card and self._hub.spec(model.name) == changed.spec else changed
 
-    def _new(self, model: ModelConfig, found: Checkpoint) -> ServedModel:
+    def _new(self, model: ModelConfig, found: Checkpoint, base: ModelName | None) -> ServedModel:
         """Raises WeftError when there is no place for its image."""
         image = self._places.take(found.key, found.num_bytes)
         if image is None:
@@ -323,7 +357,8 @@ class Catalog:
                 "or raise engine.spare_host_memory and restart"
             )
         try:
-            return make_served(model, self.config, found, image, self._number(model.name))
+            below = self._number(model.name)
+            return make_served(model, self.config, found, image, below, base)
         except (WeftError, OSError):
             self._release(found.key)
             raise
@@ -338,8 +373,9 @@ class Catalog:
         spec, name = model.spec, model.config.name
         return ModelCard(
             name=name,
-            path=str(model.path),
+            path=str(model.text_path),
             created_s=self._created_s[name],
+            base=self._name_of(spec.base),
             max_context_tokens=spec.max_context_tokens,
             vocab_size=spec.vocab_size,
             eos_ids=spec.eos_ids,
@@ -351,6 +387,10 @@ class Catalog:
             defaults=_defaults(model.config.defaults, self.config.defaults),
             chat_template=self._template(model.config),
         )
+
+    def _name_of(self, below: ModelName | None) -> str | None:
+        """The public name of a model that is served, or has failed."""
+        return next((name for name, known in self._current.items() if known == below), None)
 
     def _template(self, model: ModelConfig) -> str | None:
         if model.chat_template is None:
@@ -372,20 +412,18 @@ class Catalog:
         )
 
 
-def _read_all(models: list[ModelConfig], base_dir: Path) -> dict[str, Found]:
-    found: dict[str, Found] = {}
-    for model in models:
-        try:
-            found[model.name] = read_checkpoint(model, base_dir)
-        except (WeftError, OSError) as error:
-            found[model.name] = str(error)
-    return found
+def _names(entry: tuple[ModelConfig, ModelConfig | None]) -> set[str]:
+    """Of a model or adapter, and of the model under an adapter."""
+    return {model.name for model in entry if model is not None}
 
 
-def _same_weights(served: ServedModel, model: ModelConfig, found: Checkpoint) -> bool:
-    """The same bytes, and the same sizes for the ledger."""
+def _same_weights(
+    served: ServedModel, model: ModelConfig, found: Checkpoint, base: ModelName | None
+) -> bool:
+    """The same bytes on the same base, and the same sizes for the ledger."""
     return (
         served.image.key == found.key
+        and served.spec.base == base
         and served.path == found.path
         and served.config.max_context_tokens == model.max_context_tokens
     )

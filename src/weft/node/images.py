@@ -11,16 +11,18 @@ of a place; the others are not touched by it.
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 
-from weft.config.pool_config import ModelConfig, PoolConfig
+from weft.config.pool_config import ModelConfig, PoolConfig, served_entries
 from weft.core.errors import WeftError
-from weft.core.model import Architecture, ModelSpec, model_spec
+from weft.core.ids import ModelName
+from weft.core.model import AdapterShape, Architecture, ModelSpec, model_spec
 from weft.engine.base import ImageRef
 from weft.memory.host_store import HostStore
+from weft.models.adapter import adapter_key, adapter_layout, build_adapter, read_adapter
 from weft.models.hf_config import read_eos_ids, read_model_config
 from weft.models.image import build_image, image_key, image_layout
 from weft.models.safetensors_file import open_checkpoint
@@ -37,13 +39,17 @@ class BuildStopped(Exception):
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model with a place for its image."""
+    """A model or an adapter with a place for its image."""
 
     config: ModelConfig
     path: Path
     spec: ModelSpec
     arch: Architecture
+    """Of an adapter: its base's."""
     image: ImageRef
+    text_path: Path
+    """Where its tokenizer is: an adapter has its base's."""
+    adapter: AdapterShape | None = None
 
 
 class FailedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,6 +133,9 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int
     """Of its image."""
     eos_ids: tuple[int, ...]
+    text_path: Path
+    adapter: AdapterShape | None = None
+    """It is an adapter; `arch`, `eos_ids` and `text_path` are its base's."""
 
 
 def model_path(model: ModelConfig, base_dir: Path) -> Path:
@@ -144,19 +153,63 @@ def read_checkpoint(model: ModelConfig, base_dir: Path) -> Checkpoint:
         key=_key(path, arch),
         num_bytes=image_layout(arch).num_bytes,
         eos_ids=read_eos_ids(path),
+        text_path=path,
     )
 
 
+def read_adapter_of(base: Checkpoint, entry: ModelConfig, base_dir: Path) -> Checkpoint:
+    """The same of an adapter on `base`. Raises WeftError, OSError."""
+    path = model_path(entry, base_dir)
+    shape = read_adapter(path, base.arch)
+    return Checkpoint(
+        path=path,
+        arch=base.arch,
+        key=adapter_key(path, base.arch),
+        num_bytes=adapter_layout(base.arch, shape).num_bytes,
+        eos_ids=base.eos_ids,
+        text_path=base.text_path,
+        adapter=shape,
+    )
+
+
+def read_all(
+    entries: Iterable[tuple[ModelConfig, ModelConfig | None]], base_dir: Path
+) -> "dict[str, Checkpoint | str]":
+    """What is known of each model's and adapter's files, by name; or why they cannot be served.
+    `entries`: with the model under each adapter, which comes before it."""
+    found: dict[str, Checkpoint | str] = {}
+    for entry, base in entries:
+        try:
+            if base is None:
+                found[entry.name] = read_checkpoint(entry, base_dir)
+            elif isinstance(below := found[base.name], Checkpoint):
+                found[entry.name] = read_adapter_of(below, entry, base_dir)
+            else:
+                found[entry.name] = f"its base {base.name} cannot be served: {below}"
+        except (WeftError, OSError) as error:
+            found[entry.name] = str(error)
+    return found
+
+
 def make_served(
-    model: ModelConfig, config: PoolConfig, found: Checkpoint, image: ImageRef, below: str
+    model: ModelConfig,
+    config: PoolConfig,
+    found: Checkpoint,
+    image: ImageRef,
+    below: str,
+    base: ModelName | None = None,
 ) -> ServedModel:
-    """`below`: the name of these weights in the scheduler (see `hub.models`). Raises WeftError."""
+    """`below`: the name of these weights in the scheduler (see `hub.models`); `base`: that of the
+    model under an adapter. Raises WeftError."""
+    spec = _spec(model, config, found, image, below)
     return ServedModel(
         config=model,
         path=found.path,
-        spec=_spec(model, config, found, image, below),
+        spec=spec if base is None else msgspec.structs.replace(spec, base=base),
         arch=found.arch,
         image=image,
+        text_path=found.text_path,
+        adapter=found.adapter,
     )
 
 
@@ -171,9 +224,15 @@ def plan_store(
     served: list[ServedModel] = []
     failed: list[FailedModel] = []
     places = ImagePlaces(budget_bytes)
-    for model in config.models:
+    entries = list(served_entries(config))
+    known = read_all(entries, base_dir)
+    for model, base in entries:
         try:
-            found = read_checkpoint(model, base_dir)
+            found = known[model.name]
+            if isinstance(found, str):
+                raise WeftError(found)
+            if base is not None and any(other.config.name == base.name for other in failed):
+                raise WeftError(f"its base {base.name} cannot be served")
             image = places.take(found.key, found.num_bytes)
             if image is None:
                 raise WeftError(
@@ -182,7 +241,8 @@ def plan_store(
                     "engine.host_memory"
                 )
             try:
-                served.append(make_served(model, config, found, image, model.name))
+                below = None if base is None else ModelName(base.name)
+                served.append(make_served(model, config, found, image, model.name, below))
             except (WeftError, OSError):
                 places.give(found.key)
                 raise
@@ -244,10 +304,16 @@ def build(
     """
     image = model.image
     try:
-        with open_checkpoint(model.path) as checkpoint:
-            view = host.view(image.offset, image.num_bytes)
-            build_image(checkpoint, model.arch, view, progress, threads)
-        if _key(model.path, model.arch) == image.key:
+        view = host.view(image.offset, image.num_bytes)
+        if model.adapter is not None:
+            build_adapter(model.path, model.arch, model.adapter, view)
+            progress(image.num_bytes)
+            key = adapter_key(model.path, model.arch)
+        else:
+            with open_checkpoint(model.path) as checkpoint:
+                build_image(checkpoint, model.arch, view, progress, threads)
+            key = _key(model.path, model.arch)
+        if key == image.key:
             return None
         reason = f"{model.path}: changed while it was read; reload when it is complete"
     except BuildStopped:
