@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from support.fake_hub import FakeHub, card, obliging, tokens_of
 from support.live import asgi_client
@@ -126,6 +128,44 @@ def test_an_answer_is_read_the_same_however_it_is_cut(
     assert found.content == content
     assert [(call.name, call.arguments) for call in found.calls] == calls
     assert len({call.id for call in found.calls}) == len(calls)
+
+
+FRAGMENTS = [
+    *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<think>"),
+    *(
+        "</think>",
+        '{"name": "f", "arguments": {',
+        '"arguments": ',
+        '"name": "f"',
+        '{"a": [1, "',
+        "}",
+    ),
+    *("]", "[", "{", '"', "\\", ",", ";", ":", " ", "\n", "f", "null", "1", "é", "<", "tool"),
+]
+
+
+@given(
+    form=st.sampled_from(sorted(FORMS)),
+    parts=st.lists(st.sampled_from(FRAGMENTS), max_size=14),
+    thinks=st.booleans(),
+    most=st.sampled_from([None, 1]),
+    seed=st.integers(1, 1 << 30),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_text_breaks_a_reader_and_no_cut_changes_what_it_reads(
+    form: str, parts: list[str], thinks: bool, most: int | None, seed: int
+) -> None:
+    def reader() -> Reader:
+        inner = CallReader(FORMS[form], names=NAMES, most=most)
+        return ReasoningReader(inner, inside=False) if thinks else inner
+
+    text = "".join(parts)
+    whole, cut = read(reader(), text, 0), read(reader(), text, seed)
+    assert (whole.content, whole.reasoning) == (cut.content, cut.reasoning)
+    calls = [[(call.name, call.arguments) for call in found.calls] for found in (whole, cut)]
+    assert calls[0] == calls[1]
+    if not whole.calls and not thinks:
+        assert whole.content == text  # what is no call is content, all of it
 
 
 @pytest.mark.parametrize("seed", range(5))

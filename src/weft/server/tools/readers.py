@@ -220,7 +220,9 @@ class CallReader:
 
     def _failed(self, rest: str, deltas: list[Delta]) -> str:
         """The object is no call. What was begun cannot be taken back."""
-        if not self._begun:
+        if self._begun:
+            deltas += self._calls.more(self._scanner.take())
+        else:
             deltas += _said(self._aside + self._scanner.raw)
         self._aside, self._state = "", "text"
         return rest
