@@ -213,20 +213,34 @@ def find_template(
     if own is not None and not file.is_file():
         raise WeftError(f"{file}: no such file; chat_template names it")
     if file.is_file():
-        if file.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
-            raise WeftError(f"{file}: larger than {4 * MAX_TEMPLATE_CHARS} bytes")
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise WeftError(f"{file}: not UTF-8") from None
+        return _read_template(file)
     entry = tokenizer_config.get("chat_template")
-    if isinstance(entry, str):
-        return entry
-    if isinstance(entry, list):
-        for item in entry:
-            if isinstance(item, dict) and item.get("name") == "default":
-                source = item.get("template")
-                return source if isinstance(source, str) else None
+    return entry if isinstance(entry, str) else _named_template(entry, "default")
+
+
+def find_tool_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    """The template that some checkpoints have for chats with tools: the entry `tool_use` of the
+    list, or additional_chat_templates/tool_use.jinja. Raises WeftError."""
+    file = folder / "additional_chat_templates" / "tool_use.jinja"
+    if file.is_file():
+        return _read_template(file)
+    return _named_template(tokenizer_config.get("chat_template"), "tool_use")
+
+
+def _read_template(file: Path) -> str:
+    if file.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
+        raise WeftError(f"{file}: larger than {4 * MAX_TEMPLATE_CHARS} bytes")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise WeftError(f"{file}: not UTF-8") from None
+
+
+def _named_template(entries: object, name: str) -> str | None:
+    for item in entries if isinstance(entries, list) else ():
+        if isinstance(item, dict) and item.get("name") == name:
+            source = item.get("template")
+            return source if isinstance(source, str) else None
     return None
 
 

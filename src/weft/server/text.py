@@ -27,6 +27,7 @@ from weft.server.templates import (
     ChatTemplate,
     TemplateFailure,
     find_template,
+    find_tool_template,
     special_tokens,
 )
 from weft.server.tools.families import find_family, instructed
@@ -72,27 +73,32 @@ class TextModel:
         self._guard = Guard(list(self._specials))
         self._plain_file = folder / "tokenizer.json"
         self._plain: Tokenizer | None = None
-        self.family = find_family(source, self._specials.get, card.tool_parser)
+        tool_source = None if card.chat_template else find_tool_template(folder, config)
+        self.family = find_family(tool_source or source, self._specials.get, card.tool_parser)
         """How the model calls functions."""
         self.reasons = "<think>" in (source or "") or "</think>" in (source or "")
         """Its template knows reasoning between <think> and </think>."""
         tokens = special_tokens(config)
-        self._template: ChatTemplate | CheckpointTemplate
-        if source is None:
-            self._template = ChatTemplate(
-                FALLBACK_TEMPLATE, tokens=tokens, max_chars=self.max_chars, limit_s=limit_s
+
+        def template(text: str | None) -> ChatTemplate | CheckpointTemplate:
+            if text is None:
+                return ChatTemplate(
+                    FALLBACK_TEMPLATE, tokens=tokens, max_chars=self.max_chars, limit_s=limit_s
+                )
+            return CheckpointTemplate(
+                text, tokens=tokens, max_chars=self.max_chars, limit_s=limit_s / 2
             )
-        else:
-            self._template = CheckpointTemplate(
-                source, tokens=tokens, max_chars=self.max_chars, limit_s=limit_s / 2
-            )
+
+        self._template = template(source)
+        self._tool_template = template(tool_source) if tool_source else self._template
 
     def _render(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> str:
         """Raises TemplateFailure."""
-        if isinstance(self._template, CheckpointTemplate):
-            return self._template.render(messages, **given)
+        template = self._tool_template if given["tools"] else self._template
+        if isinstance(template, CheckpointTemplate):
+            return template.render(messages, **given)
         with self._lock:
-            return self._template.render(messages, **given)
+            return template.render(messages, **given)
 
     @property
     def has_text(self) -> bool:

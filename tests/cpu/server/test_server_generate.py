@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.live import asgi_client, live
 from support.tiny import write_tokenizer
 from weft.core.errors import HOLD_DEADLINE, QUEUE_FULL, ReplyError
 from weft.hub.base import Chunk
+from weft.server import routes
 
 
 @pytest.fixture(scope="module")
@@ -403,3 +405,27 @@ def test_stopping_lets_answers_end_and_refuses_new_ones(folder: Path) -> None:
             await server.task
 
     asyncio.run(scenario())
+
+
+def test_a_large_body_is_parsed_aside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the event loop's thread: other streams go on meanwhile."""
+    threads: list[str] = []
+    real = routes.decode_json
+
+    def noted(body: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return real(body)
+
+    monkeypatch.setattr(routes, "decode_json", noted)
+    hub = FakeHub([card("m", folder, context=1 << 16)], lambda _: spoken([9]))
+
+    async def scenario() -> None:
+        async with asgi_client(hub) as client:
+            for prompt in ([9] * 50_000, [9]):
+                body = {"model": "m", "prompt": prompt}
+                assert (await client.post("/v1/completions", json=body)).status_code == 200
+            bad = {"model": "m", "prompt": [9] * 50_000 + [-1]}
+            assert (await client.post("/v1/completions", json=bad)).status_code == 400
+
+    asyncio.run(scenario())
+    assert [name.startswith("weft-text") for name in threads] == [True, False, True]

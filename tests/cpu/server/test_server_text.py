@@ -279,3 +279,17 @@ def test_an_error_in_a_job_is_its_callers() -> None:
         texts.close()
 
     asyncio.run(scenario())
+
+
+def test_a_changed_card_is_read_anew(folder: Path) -> None:
+    """A reloaded pool may serve other files, limits or templates under the same name."""
+
+    async def scenario() -> None:
+        texts = TextService()
+        first = await texts.model(card("m", folder))
+        assert await texts.model(card("m", folder)) is first
+        other = await texts.model(card("m", folder, context=64))
+        assert other is not first and other.max_chars <= first.max_chars
+        texts.close()
+
+    asyncio.run(scenario())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.fake_hub import FakeHub, card, obliging, tokens_of
 from support.live import asgi_client
 from support.tiny import CHAT_TEMPLATE, write_tokenizer
+from support.tool_templates import FAMILIES
 from weft.grammar.source import check_grammar
 from weft.server.messages import Conversation
 from weft.server.text import TextModel
@@ -299,6 +300,56 @@ def test_tools_and_their_history_render_as_transformers_do(folder: Path) -> None
     }
     assert post(hub, body).status_code == 200
     assert list(hub.opened[0].prompt) == list(expected)
+
+
+SAID = {
+    "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+    "llama3_json": '{"name": "f", "parameters": {"a": 1}}',
+    "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]',
+}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_turn_with_a_call_goes_round_in_every_family(folder: Path, family: str) -> None:
+    """The model calls, the client answers, and the second prompt is the one of transformers."""
+    from transformers import AutoTokenizer
+
+    (folder / "chat_template.jinja").write_text(FAMILIES[family])
+    oracle = AutoTokenizer.from_pretrained(folder)
+    hub, reply = ask(folder, SAID[family])
+    message = reply.json()["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": '{"a": 1}'}
+    history = [
+        {"role": "user", "content": "hi"},
+        message,
+        {"role": "tool", "tool_call_id": call["id"], "content": "2"},
+    ]
+    hub.opened.clear()
+    assert post(hub, {"messages": history, "tools": TOOLS}).status_code == 200
+    known = {**call, "function": {"name": "f", "arguments": {"a": 1}}}
+    history[1] = {"role": "assistant", "content": "", "tool_calls": [known]}
+    expected = oracle.apply_chat_template(
+        history, tools=TOOLS, add_generation_prompt=True, return_dict=False
+    )
+    assert list(hub.opened[0].prompt) == list(expected)
+
+
+def test_a_checkpoints_own_template_for_tools_is_used(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["chat_template"] = [
+        {"name": "default", "template": CHAT_TEMPLATE},
+        {"name": "tool_use", "template": FAMILIES["hermes"]},
+    ]
+    file.write_text(json.dumps(config))
+    text = TextModel(card("m", folder, context=4096))
+    assert text.family.name == "hermes"
+    with_tools, _ = text.encode_chat(Conversation(messages=HISTORY, tools=TOOLS))
+    without, _ = text.encode_chat(Conversation(messages=HISTORY[:1]))
+    assert "# Tools" in text.decode(list(with_tools))
+    assert "im_start" not in text.decode(list(without))
 
 
 def post(hub: FakeHub, body: dict[str, Any]) -> httpx.Response:
