@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
+import msgspec
 
 from weft.config.pool_config import ModelConfig, PoolConfig, ServerConfig
 from weft.hub.base import Hub
@@ -35,8 +36,12 @@ async def live(
     keepalive_s: float = 10.0,
     max_body_bytes: int = 1 << 20,
     grace_s: float = 10.0,
+    server: ServerConfig | None = None,
 ) -> AsyncIterator[Live]:
-    app = create_app(hub, pool_config(hub, keepalive_s=keepalive_s, max_body_bytes=max_body_bytes))
+    config = pool_config(hub, keepalive_s=keepalive_s, max_body_bytes=max_body_bytes)
+    if server is not None:
+        config = msgspec.structs.replace(config, server=server)
+    app = create_app(hub, config)
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     task = asyncio.create_task(

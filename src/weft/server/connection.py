@@ -9,6 +9,8 @@ hub (at most the request's max_tokens).
 
 import asyncio
 import logging
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -107,14 +109,22 @@ class Connection(H11Protocol):
             log.info(
                 "a connection is cut: its client took nothing for %.0f s", now_s - self._taken_s
             )
-            self.transport.abort()
+            self._cut()
             return
         # Also while a body comes that nobody reads any more: its request has been answered.
         if self.cycle is None or self.cycle.response_complete:
             bounds = self._bounds
             limit_s = bounds.next_request_s if self._answered else bounds.first_request_s
             if now_s - self._idle_s >= limit_s and not self._out.waiting:
-                self.transport.abort()
+                self._cut()
+
+    def _cut(self) -> None:
+        """Ends it at once: without lingering the kernel keeps what it holds for the client, too,
+        and goes on offering it for many minutes."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
 
 async def sweep_for_ever(connections: Iterable[object], bounds: Bounds) -> None:
