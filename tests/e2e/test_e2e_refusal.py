@@ -1,5 +1,6 @@
 """What cannot work on this machine ends `weft serve` with one line, before anybody waits."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,22 @@ def test_an_unknown_model_folder_ends_the_server(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "nowhere" in done.stderr.splitlines()[-1]
+
+
+def test_a_port_in_use_ends_the_server_before_a_worker_starts(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "m")
+    command = [sys.executable, "-c", "from weft.cli.main import main; raise SystemExit(main())"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [*command, "serve", str(tmp_path / "m"), "--port", port, "--host-memory", "64M"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 2, done.stderr
+    assert "choose another with --port" in done.stderr.splitlines()[-1]
+    assert " starts (pid" not in done.stderr

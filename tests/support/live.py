@@ -18,7 +18,9 @@ def pool_config(
 ) -> PoolConfig:
     return PoolConfig(
         models=[ModelConfig(name=card.name, path=card.path) for card in hub.models()],
-        server=ServerConfig(keepalive_s=keepalive_s, max_body_bytes=max_body_bytes),
+        server=ServerConfig(
+            keepalive_s=keepalive_s, max_body_bytes=max_body_bytes, access_log=True
+        ),
     )
 
 

@@ -1,5 +1,6 @@
 """`weft ps`: the pool's view as a table."""
 
+import os
 import time
 import urllib.error
 import urllib.request
@@ -33,10 +34,17 @@ def fetch(url: str) -> StatusReply:
     if not base.startswith(("http://", "https://")):
         raise WeftError(f"{url!r} is no URL; write one such as http://127.0.0.1:8321")
     try:
-        with urllib.request.urlopen(f"{base}/weft/status", timeout=TIMEOUT_S) as reply:
+        key = os.environ.get("WEFT_API_KEY", "")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        request = urllib.request.Request(f"{base}/weft/status", headers=headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
             body = reply.read(MAX_REPLY_BYTES)
     except urllib.error.HTTPError as error:
         error.close()
+        if error.code in (401, 403):
+            raise WeftError(
+                f"{base} needs an operator's key: set WEFT_API_KEY to one with `operator: true`"
+            ) from None
         raise WeftError(f"{base} answers {error.code} to /weft/status; is it weft?") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)

@@ -32,6 +32,7 @@ from weft.server.admin import create_admin_app, serve_admin
 from weft.server.admin_socket import default_socket
 from weft.server.app import create_app
 from weft.server.binding import check_bind
+from weft.server.keys import KeyRing
 from weft.server.serve import listen, serve, url_of
 from weft.transport.messages import WorkerConfig
 
@@ -111,6 +112,8 @@ class _Pool:
         agent.connect(hub)
         catalog = Catalog(self._config, self._base_dir, plan, host, hub)
         app = create_app(hub, self._config, base_dir=self._base_dir)
+        if self._reload is not None:
+            self._reload = with_keys(self._reload, app.state, server.host, insecure=insecure)
         hub.add_unit(0)
         building = asyncio.create_task(catalog.run_builds())
         stop = asyncio.Event()
@@ -221,6 +224,20 @@ class _Pool:
             reloads(operator, self._config_file),
         ):
             yield
+
+
+def with_keys(reload: Reload, state: Any, host: str, *, insecure: bool) -> Reload:
+    """`reload` that also exchanges the API keys, `state.keys`. It raises WeftError, and leaves
+    them, when one cannot be read, or the last one would go where strangers reach the port."""
+
+    def reloaded() -> tuple[PoolConfig, Path]:
+        config, base_dir = reload()
+        keys = KeyRing.load(config.server.keys, base_dir, before=state.keys)
+        check_bind(host, insecure=insecure, has_keys=len(keys) > 0)
+        state.keys = keys
+        return config, base_dir
+
+    return reloaded
 
 
 def _report(building: "asyncio.Task[None]", refuse: Callable[[str], None]) -> None:

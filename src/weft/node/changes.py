@@ -9,6 +9,8 @@ from weft.config.pool_config import PoolConfig
 
 LIVE = frozenset({"models", "slo", "defaults", "keep_alive_s", "watch"})
 """Keys of the configuration that take effect while it runs."""
+LIVE_PARTS = frozenset({"server.keys"})
+"""The same inside of others."""
 
 
 class ReloadReport(msgspec.Struct, kw_only=True):
@@ -35,7 +37,7 @@ class ReloadReport(msgspec.Struct, kw_only=True):
 def needs_restart(started: PoolConfig, new: PoolConfig) -> list[str]:
     """Keys that are different from those the server was started with and cannot change live."""
     before, after = dict(_leaves(started)), dict(_leaves(new))
-    return sorted(key for key in after if before.get(key) != after[key])
+    return sorted(key for key in after if before.get(key) != after[key] and key not in LIVE_PARTS)
 
 
 def _leaves(config: PoolConfig) -> Iterator[tuple[str, Any]]:

@@ -25,10 +25,9 @@ from weft.server.choice import Choice, Piece, joined
 from weft.server.errors import CLIENT_CLOSED, ApiError, from_reply, internal_error
 from weft.server.metrics import Metrics
 from weft.server.plan import Plan
+from weft.server.visit import Visit
 
 HEADER_WAIT_S = 1.0
-WRITE_LIMIT_S = 120.0
-"""A client that takes nothing for this long is treated as gone."""
 
 log = logging.getLogger("weft.server")
 
@@ -132,7 +131,7 @@ class Answer(Response):
         finally:
             self._gate.live.discard(self)
             watcher.cancel()
-            self._close(outcome)
+            self._close(outcome, scope)
 
     @property
     def _unopened(self) -> int:
@@ -229,10 +228,8 @@ class Answer(Response):
 
     async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
         try:
-            async with asyncio.timeout(WRITE_LIMIT_S):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            raise _Stopped("gone") from None
+            # A client that takes nothing is cut by its `Connection`, which ends this wait.
+            await send({"type": "http.response.body", "body": body, "more_body": more})
         except OSError:  # what servers newer than ASGI 2.3 raise for a client that left
             raise _Stopped("gone") from None
 
@@ -267,7 +264,7 @@ class Answer(Response):
         except _Stopped:
             self._status = CLIENT_CLOSED
 
-    def _close(self, outcome: str) -> None:
+    def _close(self, outcome: str, scope: Scope) -> None:
         for choice in self._choices:
             choice.abandon(outcome)
         for task in self._pulls:
@@ -277,24 +274,11 @@ class Answer(Response):
         for choice in self._choices:
             self._metrics.requests.labels(model, choice.outcome).inc()
         self._metrics.requests.labels(model, "refused").inc(self._unopened)
-        self._log(model, outcome)
-
-    def _log(self, model: str, outcome: str) -> None:
-        ends = {choice.outcome for choice in self._choices} or {outcome}
-        ttft = min((c.ttft_s for c in self._choices if c.ttft_s is not None), default=None)
-        log.info(
-            "request id=%s model=%s status=%d outcome=%s choices=%d prompt_tokens=%d "
-            "output_tokens=%d ttft_s=%s total_s=%.3f",
-            self._request_id,
-            model,
-            self._status,
-            ",".join(sorted(str(end) for end in ends)),
-            len(self._plan.requests),
-            self._plan.prompt_tokens,
-            sum(choice.output_tokens for choice in self._choices),
-            "-" if ttft is None else f"{ttft:.3f}",
-            self._clock() - self._arrival_s,
-        )
+        visit: Visit | None = scope.get("state", {}).get("visit")
+        if visit is not None:
+            ends = {choice.outcome for choice in self._choices} or {outcome}
+            visit.outcome = ",".join(sorted(str(end) for end in ends))
+            visit.left = self._status == CLIENT_CLOSED
 
 
 def _forget(task: "asyncio.Task[Any]") -> None:

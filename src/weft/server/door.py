@@ -144,13 +144,14 @@ class Door:
     def _write(self, scope: Scope, visit: Visit) -> None:
         """One line a request. The path of a client is quoted: it cannot begin a line of its own."""
         log.info(
-            "access id=%s key=%s method=%s path=%s status=%d model=%s prompt_tokens=%d "
+            "access id=%s key=%s method=%s path=%s status=%d outcome=%s model=%s prompt_tokens=%d "
             "output_tokens=%d ttft_s=%s total_s=%.3f",
             visit.request_id,
             visit.key.name if visit.key is not None else "-",
             scope["method"][:10],
             ascii(scope["path"][:100]),
             CLIENT_CLOSED if visit.left or not visit.status else visit.status,
+            visit.outcome or "-",
             visit.model or "-",
             visit.prompt_tokens,
             visit.output_tokens,

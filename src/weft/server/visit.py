@@ -24,6 +24,8 @@ class Visit:
     status: int = 0
     body_bytes: int = 0
     """Of its body that was read; 0 once what it asks for is in the hub."""
+    outcome: str = ""
+    """How its answers ended: stop, length, error, cancelled."""
     left: bool = False
     """The client closed the connection before its answer was whole."""
 

@@ -153,6 +153,22 @@ def test_refusals(more: dict[str, object], expected: str) -> None:
     assert len(pool.brain.journal) == 0
 
 
+def test_one_models_crowd_does_not_keep_out_the_others() -> None:
+    pool = Pool(models="mn", max_queue=8)
+    for i in range(1, 7):
+        pool.new(i)
+    assert code(pool.new(7), Reject) == errors.QUEUE_FULL
+    assert submits(pool.new(8, "n"))
+    alone = Pool(models="m", max_queue=8)
+    assert all(submits(alone.new(i)) for i in range(1, 9))
+    own = Pool(models="mn", max_queue=8, max_model_queue=1)
+    own.new(1)
+    assert code(own.new(2), Reject) == errors.QUEUE_FULL
+    own.do(ev.ClientGone(request=RequestId(1)))
+    own.emit(1, finish="cancelled")
+    assert submits(own.new(3))
+
+
 def test_the_queue_is_bounded() -> None:
     pool = Pool(max_queue=2)
     pool.new(1)

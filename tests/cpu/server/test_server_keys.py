@@ -472,8 +472,9 @@ def test_the_access_log_is_a_line_without_content(
 
     assert lines(ServerConfig(keys=keys())) == []
     first, second = lines(ServerConfig(keys=keys(), access_log=True))
-    assert "key=alice method=POST path='/v1/completions' status=200 model=small" in first
-    assert "prompt_tokens=1 output_tokens=3 ttft_s=0." in first
+    assert (
+        "key=alice method=POST path='/v1/completions' status=200 outcome=stop model=small" in first
+    )
     assert ALICE not in first + second and hash_of(ALICE) not in first + second
     assert "id=r-1" in second and "status=404" in second and "\n" not in second
 
