@@ -41,14 +41,16 @@ def jobs() -> list[tuple[str, list[int]]]:
     ]
 
 
-async def kill_during(pool: PoolProcess, kills: int, seed: int) -> list[str]:
+async def kill_during(
+    pool: PoolProcess, kills: int, seed: int, body: dict[str, Any] = BODY
+) -> list[str]:
     """All streams, with the worker killed `kills` times while they run."""
     rng = random.Random(seed)
     seen = 0
 
     async def one(client: Any, model: str, prompt: list[int]) -> str:
         nonlocal seen
-        text = await stream_text(client, model, prompt, on_text=arrived, **BODY)
+        text = await stream_text(client, model, prompt, on_text=arrived, **body)
         return text
 
     def arrived() -> None:
@@ -98,6 +100,22 @@ def test_streams_have_no_seam_when_the_worker_is_killed(
         assert pool.log().count("is lost: killed by signal 9") == rounds * kills
         poll(lambda: nothing_is_held(pool), 10.0, pool)
         assert pool.stop() == 0
+
+
+def test_grammars_and_penalties_have_no_seam_either(tmp_path: Path) -> None:
+    """A new worker knows only what was sent: it takes grammar and counts up from there."""
+    stepwise = {"frequency_penalty": 0.4, "repetition_penalty": 1.2, "logprobs": 1}
+    stepwise |= {"temperature": 0.9, "seed": 11, "structured_outputs": {"regex": "[a-h -]{300}"}}
+    with running_pool(
+        tmp_path, make_models(tmp_path), engine={"device_memory": "6M"}, turn_s=0.05
+    ) as pool:
+        pool.wait_ready()
+        plain = asyncio.run(stream_all(pool, jobs(), **BODY | stepwise))
+        # Some prompts end within a character; it shows in front of the answer.
+        told = [text.lstrip("\ufffd") for text in plain]
+        assert all({*text} <= {*"abcdefgh -"} and len(text) >= TOKENS for text in told)
+        assert asyncio.run(kill_during(pool, 3, seed=1, body=BODY | stepwise)) == plain
+        poll(lambda: nothing_is_held(pool), 10.0, pool)
 
 
 def shared_memory() -> set[str]:

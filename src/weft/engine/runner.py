@@ -304,4 +304,7 @@ class Runner:
 
 
 def _vocabulary(model: BoundModel) -> Vocabulary:
-    return Vocabulary(model.image.tokenizer or "", model.arch.vocab_size, model.spec.eos_ids)
+    spec = model.spec
+    return Vocabulary(
+        model.image.tokenizer or "", model.arch.vocab_size, spec.eos_ids, model=spec.name
+    )

@@ -16,6 +16,8 @@ MAX_CHARS = 1 << 16
 MAX_DEPTH = 64
 """Of nested objects and arrays in a JSON Schema."""
 MAX_CHOICES = 1024
+FIRST_BYTES = 3
+"""Of one output are tried: some grammars are compiled and then have too many ways to go on."""
 BLANKS = r"[ \n\r\t]{1,64}"
 """Between the tokens of a JSON text: enough to indent, not enough to go on for ever."""
 LIMITS: dict[str, Any] = {
@@ -65,8 +67,13 @@ def check_grammar(grammar: Grammar) -> None:
     from llguidance import LLMatcher
 
     matcher = LLMatcher(_bytes_tokenizer(), source(grammar), log_level=0, limits=limits())
-    if not matcher.is_error():
-        matcher.compute_bitmask()
+    for _ in range(FIRST_BYTES):
+        refuse_broken(matcher)
+        allowed = matcher.compute_bitmask()
+        first = next((byte for byte in range(256) if allowed[byte // 8] >> byte % 8 & 1), None)
+        if first is None:
+            break
+        matcher.consume_token(first)
     refuse_broken(matcher)
 
 

@@ -29,6 +29,8 @@ class Vocabulary:
     size: int
     """Ids the model has logits for; may be more or less than the tokenizer knows."""
     eos_ids: tuple[int, ...]
+    model: str = ""
+    """Other weights under the same path have another name, and are read anew."""
 
     @property
     def words(self) -> int:

@@ -46,6 +46,7 @@ BAD = [
     (schema("[" * 50_000), "nested deeper"),
     (schema('true}], "x": [{"json_schema": true'), "not valid JSON"),
     (schema({"description": "x" * MAX_CHARS}), f"make it at most {MAX_CHARS}"),
+    (schema({"type": "object", "properties": {f"k{i}": {} for i in range(1200)}}), "max is 2000"),
     (Grammar(kind="regex", text="a("), "unclosed group"),
     (Grammar(kind="choice", text="[]"), "a list of 1 .. "),
     (Grammar(kind="choice", text='{"a": 1}'), "a list of 1 .. "),
