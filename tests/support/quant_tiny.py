@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
-from support.tiny import random_tensors, tiny_checkpoint, write_safetensors_model
+from support.tiny import tiny_checkpoint, write_safetensors_model
 
 Stored = dict[str, tuple[str, np.ndarray]]
 """Suffix of a tensor's name -> safetensors dtype and its bytes as an array of that shape."""
 PARTS = (
     *(f"self_attn.{part}_proj" for part in "qkvo"),
     *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+    *("self_attn.qkv_proj", "mlp.gate_up_proj"),
 )
 
 
@@ -246,17 +248,10 @@ def quant_checkpoint(
     sizes = {"layers": 2, "hidden": 128, "heads": 4, "kv_heads": 2, "intermediate": 256}
     plain_path = folder / "plain"
     quant_path = folder / "quant"
-    tiny_checkpoint(plain_path, family=family, tied=tied, **sizes)
+    tiny_checkpoint(plain_path, family=family, tied=tied, seed=seed, **sizes)
     extra = {"quantization_config": form.config | (config or {})}
     tiny_checkpoint(quant_path, family=family, tied=tied, config_extra=extra, **sizes)
-    plain = random_tensors(
-        np.random.default_rng(seed),
-        qkv_bias=family == "qwen2",
-        head_dim=32,
-        vocab=128,
-        tied=tied,
-        **sizes,
-    )
+    plain = load_file(plain_path / "model.safetensors")
     stored: dict[str, tuple[str, np.ndarray]] = {}
     for name, value in list(plain.items()):
         module = name.removesuffix(".weight")

@@ -8,6 +8,7 @@ import torch
 
 from support.plain import PlainModel, packed_weights
 from support.quant_tiny import FORMS, quant_checkpoint
+from support.tiny_adapter import lora_weights, tiny_adapter
 from weft.core.errors import WeftError
 from weft.core.model import STORED_BYTES
 from weft.models import image as image_module
@@ -43,6 +44,32 @@ def test_a_quantized_model_is_the_plain_model_of_its_numbers(
     expected, expected_logits = theirs.generate(prompt_of(1), NEW_TOKENS)
     assert float((logits - expected_logits).abs().max()) <= TOLERANCE[dtype]
     assert tokens == expected
+
+
+@pytest.mark.parametrize("name", ["fp8-tensor", "awq-32", "packed-asym"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3", "phi3"])
+def test_other_classes(tmp_path: Path, family: str, name: str) -> None:
+    """Norms, windows and fused projections around quantized matrices; parts of a matrix that is
+    one in the checkpoint."""
+    quant, plain = quant_checkpoint(tmp_path, FORMS[name], family=family)
+    ours, theirs = PlainModel(quant, dtype="float64"), PlainModel(plain, dtype="float64")
+    tokens, logits = ours.generate(prompt_of(5), 6)
+    expected, expected_logits = theirs.generate(prompt_of(5), 6)
+    assert tokens == expected
+    assert float((logits - expected_logits).abs().max()) <= TOLERANCE["float64"]
+
+
+def test_adapters_on_a_quantized_base(tmp_path: Path) -> None:
+    """As on the plain base of the same numbers; and they do change the answer."""
+    quant, plain = quant_checkpoint(tmp_path, FORMS["awq-32"])
+    ours, theirs = PlainModel(quant, dtype="float64"), PlainModel(plain, dtype="float64")
+    bare, _ = ours.generate(prompt_of(6), NEW_TOKENS)
+    path = tiny_adapter(tmp_path / "adapter", theirs.arch)
+    for model in (ours, theirs):
+        model.adapter = lora_weights(path, model.arch)
+    tokens, _ = ours.generate(prompt_of(6), NEW_TOKENS)
+    assert tokens == theirs.generate(prompt_of(6), NEW_TOKENS)[0]
+    assert tokens != bare
 
 
 @pytest.mark.parametrize("name", ["fp8-channel", "awq-32", "gptq", "packed-asym"])
