@@ -19,9 +19,9 @@ from weft.sched.book import Book, ModelEntry, RequestState
 
 NO_REQUEST = RequestId(-1)
 """Copies of the prefix cache are nobody's."""
-MAX_ENTERED = 256
-"""Pages of one request that enter the index at one step's end: more only come at once when parked
-KV has come back, and then the next steps bring the rest."""
+MAX_CAUGHT_UP = 256
+"""Pages of one request that enter the index at the end of one step besides those that the step
+filled: more are there only when parked KV has come back, and then the next steps bring the rest."""
 MAX_SAVE_BYTES = 32 << 20
 """Of one copy to the host store. There is one at a time, so a switch hardly waits for it."""
 MAX_FETCH_FAILS = 2
@@ -148,7 +148,8 @@ class PrefixCache:
     def enter(self, state: RequestState) -> None:
         """A step of this request ended: let others find what it has computed."""
         size = self._book.memory(state.request.model).spec.page_tokens
-        full = min(state.computed // size, state.entered + MAX_ENTERED)
+        most = self._book.unit.max_step_tokens // size + MAX_CAUGHT_UP
+        full = min(state.computed // size, state.entered + most)
         if full <= state.entered or not self._on:
             return
         index = self._book.memory(state.request.model).kv.index

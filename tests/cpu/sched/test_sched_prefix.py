@@ -5,17 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.core.actions import CopyKv, Load, Run
+from weft.core.actions import CopyKv, Load, Run, UnitAction
 from weft.core.events import Assign, Cancel, Pin, Submit, Unassign, UnitEvent
 from weft.core.ids import ModelName, RequestId
 from weft.core.model import ModelSpec
 from weft.core.request import Request
 from weft.core.unit import UnitSpec
 from weft.sched.prefix import NO_REQUEST
-from weft.sim.scenario import Body, Outcome, Scenario, random_scenario, run_scenario
+from weft.sim.scenario import Body, Outcome, Scenario, check_outcome, random_scenario, run_scenario
 
 KIB = 1024
 MS = 1_000_000
+UNIT = UnitSpec(granule_bytes=64 * KIB, num_granules=12, host_bytes=8 << 20)
 PROMPT = tuple(range(1, 19))
 """18 tokens: four whole pages of four, and two more."""
 
@@ -154,6 +155,15 @@ def test_a_model_that_was_unassigned_and_comes_back_begins_anew() -> None:
     assert live(events).cached_tokens == {0: 0, 1: 0, 2: 0}
 
 
+def test_long_prompts_are_found_whole() -> None:
+    """A step fills more pages than are caught up with at once."""
+    big = model(page_tokens=2, page_bytes=64, max_context_tokens=4096)
+    prompt = tuple(i % 50 for i in range(3000))
+    events = [ask(0, prompt=prompt), ask(1, at_ms=3000, prompt=prompt)]
+    outcome = live(events, big, max_step_tokens=2048, num_granules=40)
+    assert outcome.cached_tokens[RequestId(1)] == 2998
+
+
 def test_a_cancelled_request_leaves_what_it_had_computed() -> None:
     events = [ask(0, max_tokens=200), (150 * MS, Cancel(request=RequestId(0)))]
     outcome = live([*events, ask(1, at_ms=500)])
@@ -230,6 +240,29 @@ def test_what_was_copied_once_is_not_copied_again() -> None:
     assert len(copies(outcome, "device")) == 6
 
 
+@pytest.mark.parametrize("fails", [1, 99])
+def test_a_copy_back_that_fails_is_tried_again_and_then_the_prefix_is_computed(fails: int) -> None:
+    """And what a failed copy left behind on the device is found by nobody."""
+    events = [ask(0), ask(1, at_ms=500, name="b"), ask(2, at_ms=1000), ask(3, at_ms=1500)]
+    arrivals = [*((0, Assign(model=m)) for m in SWITCHED), *events]
+    body = Body(Scenario(unit=UNIT, models=list(SWITCHED), arrivals=arrivals))
+    start, seen = body.executor._start, []
+
+    def fail_some(queue: str, action: UnitAction) -> None:
+        start(queue, action)
+        active = body.executor._busy[queue]
+        if isinstance(action, CopyKv) and action.to == "device" and active is not None:
+            seen.append(action)
+            if len(seen) <= fails:
+                active.fail_at = 0
+
+    body.executor._start = fail_some  # type: ignore[method-assign]
+    body.run(arrivals)
+    check_outcome(body.scenario, body.outcome)
+    assert len(seen) == 2
+    assert body.outcome.cached_tokens == {0: 0, 1: 0, 2: 16 if fails == 1 else 0, 3: 16}
+
+
 def test_host_room_goes_to_parked_requests_first() -> None:
     """The region holds two parked requests; cached pages make way for the second."""
     events = [
@@ -294,9 +327,6 @@ def test_a_new_incarnation_starts_empty() -> None:
     second.run([(0, Assign(model=model())), ask(1)])
     assert first.outcome.cached_tokens == {0: 0, 1: 0}
     assert set(first.outcome.finish) == {0, 1}
-
-
-UNIT = UnitSpec(granule_bytes=64 * KIB, num_granules=12, host_bytes=8 << 20)
 
 
 def test_a_model_that_is_pinned_comes_in_where_only_cached_pages_are() -> None:
