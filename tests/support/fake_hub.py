@@ -176,6 +176,11 @@ class FakeHub:
                 switches_out=5,
                 prompt_tokens=100,
                 output_tokens=200,
+                loads_by={"request": 4, "asked": 2},
+                drops_by={"room": 5},
+                load_ns=3_000_000_000,
+                queue_wait_ns=500_000_000,
+                begun=2,
             )
             for i, card in enumerate(self.cards)
         )

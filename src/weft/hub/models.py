@@ -92,4 +92,4 @@ def numbered(name: str, number: int) -> ModelName:
 
 
 def _old(below: ModelName) -> ModelName:
-    return ModelName(f"{below.partition('#')[0]} (old)")
+    return ModelName(f"{below} (old)")

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from weft.core.errors import DRAINING, ReplyError
 from weft.hub.base import Hub, HubRefusal
 from weft.server import wire
+from weft.server.attainment import slo_of
 from weft.server.choice import Choice, Piece, joined
 from weft.server.errors import CLIENT_CLOSED, ApiError, from_reply, internal_error
 from weft.server.metrics import Metrics
@@ -157,6 +158,7 @@ class Answer(Response):
                     self._metrics,
                     index=index,
                     arrival_s=self._arrival_s,
+                    slo=slo_of(plan.card),
                     counts_prompt=index % plan.choices_per_prompt == 0,
                     silent=plan.silent,
                     clock=self._clock,
@@ -273,6 +275,7 @@ class Answer(Response):
         model = self._plan.card.name
         for choice in self._choices:
             self._metrics.requests.labels(model, choice.outcome).inc()
+            self._metrics.attainment.ended(model, choice)
         self._metrics.requests.labels(model, "refused").inc(self._unopened)
         visit: Visit | None = scope.get("state", {}).get("visit")
         if visit is not None:

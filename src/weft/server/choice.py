@@ -10,8 +10,10 @@ from weft.core.errors import DRAINING, REQUEST_FAILED, ReplyError
 from weft.core.ids import RequestId
 from weft.core.request import TokenLogprobs
 from weft.hub.base import Chunk, Hub, NewRequest
+from weft.server.attainment import Deadlines
 from weft.server.detokenize import Decode, Detokenizer, StopStrings
 from weft.server.metrics import Metrics
+from weft.slo.attainment import Slo
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +57,7 @@ class Choice:
         *,
         index: int,
         arrival_s: float,
+        slo: Slo,
         counts_prompt: bool = True,
         silent: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -68,6 +71,7 @@ class Choice:
         self.output_tokens = 0
         self.ttft_s: float | None = None
         self.outcome: str | None = None
+        self.deadlines = Deadlines(arrival_s, slo)
         self._hub = hub
         self._model = request.model
         self._min_tokens = request.min_tokens
@@ -156,6 +160,7 @@ class Choice:
         for i in range(gaps):
             tbt.observe(now - self._last_s if i == 0 and gaps == tokens else 0.0)
         self._last_s = now
+        self.deadlines.came(tokens, now)
         self.output_tokens += tokens
         self._metrics.output_tokens.labels(self._model).inc(tokens)
 

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 import weft
 from weft.hub.base import Hub
+from weft.server.attainment import AttainmentMetrics
 
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 TBT_BUCKETS_S = (
@@ -80,6 +81,7 @@ class Metrics:
             ["model"],
             registry=self.registry,
         )
+        self.attainment = AttainmentMetrics(self.registry)
         self.registry.register(PoolCollector(hub))
 
     def render(self) -> bytes:
@@ -181,6 +183,13 @@ class PoolCollector(Collector):
             "switches_out": ("weft_switches_out", "Times the model's weights were dropped."),
             "prompt_tokens": ("weft_unit_prompt_tokens", "Prompt tokens the unit has computed."),
             "output_tokens": ("weft_unit_output_tokens", "Tokens the unit has drawn."),
+            "load_bytes": ("weft_load_bytes", "Bytes of weights that came in."),
+            "begun": ("weft_requests_begun", "Requests whose first step was planned."),
+            "preemptions": (
+                "weft_preemptions",
+                "Times a running request had to give its device memory up.",
+            ),
+            "parks": ("weft_parks", "Of these, those whose KV went to host memory."),
             "prefix_hit_tokens": (
                 "weft_prefix_hit_tokens",
                 "Positions whose KV was found in the prefix cache instead of computed.",
@@ -193,6 +202,7 @@ class PoolCollector(Collector):
                     for model in unit.status.models if unit.status else ():
                         metric.add_metric([str(unit.unit), model.name], getattr(model, field))
                 yield metric
+        yield from self._moves()
         state = GaugeMetricFamily(
             "weft_model_state", "1 for the state the model is in.", labels=[*labels, "state"]
         )
@@ -200,3 +210,33 @@ class PoolCollector(Collector):
             for model in unit.status.models if unit.status else ():
                 state.add_metric([str(unit.unit), model.name, model.state], 1)
         yield state
+
+    def _moves(self) -> Iterator[Metric]:
+        """Loads and drops by cause, and times in seconds."""
+        labels = ["unit", "model"]
+        times = {
+            "load_ns": CounterMetricFamily(
+                "weft_load_seconds", "From the order of a load to its last byte.", labels=labels
+            ),
+            "queue_wait_ns": CounterMetricFamily(
+                "weft_queue_wait_seconds", "From arrival to the first step.", labels=labels
+            ),
+        }
+        causes = {
+            "loads_by": CounterMetricFamily(
+                "weft_loads", "Times the weights came in, by cause.", labels=[*labels, "cause"]
+            ),
+            "drops_by": CounterMetricFamily(
+                "weft_drops", "Times the weights left, by cause.", labels=[*labels, "cause"]
+            ),
+        }
+        for unit in self._hub.view().units:
+            for model in unit.status.models if unit.status else ():
+                where = [str(unit.unit), model.name]
+                for field, metric in times.items():
+                    metric.add_metric(where, getattr(model, field) / 1e9)
+                for field, metric in causes.items():
+                    for cause, count in getattr(model, field).items():
+                        metric.add_metric([*where, cause], count)
+        yield from times.values()
+        yield from causes.values()

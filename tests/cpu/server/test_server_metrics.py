@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.fake_hub import FakeHub, Hold, card, spoken
 from support.live import asgi_client, live
 from support.tiny import write_tokenizer
+from weft.core.errors import ReplyError
 from weft.hub.base import Chunk, Health
 from weft.server.status import StatusReply
 
@@ -96,6 +97,34 @@ def test_requests_are_counted_by_outcome(folder: Path) -> None:
     assert value(text, "weft_output_tokens_total", model="m") == 5
 
 
+def test_objectives_are_counted_token_by_token(folder: Path) -> None:
+    """Deadlines far away, and deadlines that were over before the request came."""
+    failed = ReplyError(code="request_failed", message="x")
+    scripts: dict[str, Any] = {
+        "easy": spoken([9, 10], per_chunk=2),
+        "hard": spoken([9, 10], per_chunk=2),
+        "broken": [Chunk(tokens=(9,)), Chunk(finish="error", error=failed)],
+    }
+    cards = [
+        msgspec.structs.replace(card(name, folder), ttft_slo_s=ttft_s, tbt_slo_s=0.0)
+        for name, ttft_s in (("easy", 1000.0), ("hard", -1.0), ("broken", 1000.0))
+    ]
+    hub = FakeHub(cards, lambda new: scripts[new.model])
+
+    async def scenario() -> str:
+        async with asgi_client(hub) as client:
+            for name in scripts:
+                await client.post("/v1/completions", json={"model": name, "prompt": [5]})
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(scenario())
+    for name, share, tokens in (("easy", 1.0, 2), ("hard", 0.0, 2), ("broken", 0.0, 1)):
+        assert value(text, "weft_slo_attainment_sum", model=name) == share
+        assert value(text, "weft_slo_attainment_count", model=name) == 1
+        assert value(text, "weft_slo_tokens_total", model=name) == tokens
+        assert value(text, "weft_slo_tokens_in_time_total", model=name) == tokens * share
+
+
 def test_a_client_that_left_is_counted_as_cancelled(folder: Path) -> None:
     async def scenario() -> str:
         hold = Hold()
@@ -120,6 +149,10 @@ def test_the_pool_is_shown(folder: Path) -> None:
     text = get(hub, "/metrics").text
     assert value(text, "weft_granules_free", unit="0") == 7
     assert value(text, "weft_switches_in_total", unit="0", model="m") == 6
+    assert value(text, "weft_loads_total", unit="0", model="m", cause="asked") == 2
+    assert value(text, "weft_drops_total", unit="0", model="m", cause="room") == 5
+    assert value(text, "weft_load_seconds_total", unit="0", model="m") == 3.0
+    assert value(text, "weft_queue_wait_seconds_total", unit="0", model="m") == 0.5
     assert value(text, "weft_requests_parked", unit="0", model="n") == 4
     assert value(text, "weft_model_state", unit="0", model="n", state="absent") == 1
     assert value(text, "weft_model_failed", model="n") == 1
