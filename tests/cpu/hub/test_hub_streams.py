@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.pool_cases import spec, status
@@ -330,6 +331,10 @@ def test_health_is_progress_while_something_waits() -> None:
         assert not health().healthy, "a report without news is no progress"
         desk.notices(Status(status=status(actions_done=3, bytes_copied=1, waiting=1)))
         assert health().healthy
+        desk.now_ns = 193 * second
+        far = msgspec.structs.replace(status(actions_done=3, bytes_copied=1), progress=1)
+        desk.notices(Status(status=far))
+        assert health().healthy, "a load that takes long is further than it was"
         desk.now_ns = 200 * second
         desk.hub.note_progress()
         assert health().healthy
