@@ -204,6 +204,7 @@ ANSWERS: dict[str, Schema] = {
             "created": WHOLE,
             "owned_by": TEXT,
             "max_model_len": WHOLE,
+            "parent": TEXT,
         },
     },
     "ModelList": record(object=fixed("list"), data=listed(ref("Model"))),

@@ -112,7 +112,9 @@ class Frontend:
 
 
 def _model_entry(card: ModelCard, name: str) -> dict[str, Any]:
-    """Under its name or an alias; `root` says whose alias, as vLLM has it."""
+    """Under its name or an alias; `root` says whose alias and `parent` on which model an adapter
+    is, as vLLM has it."""
+    parent = {} if card.base is None else {"parent": card.base}
     return {
         "id": name,
         "root": card.name,
@@ -120,6 +122,7 @@ def _model_entry(card: ModelCard, name: str) -> dict[str, Any]:
         "created": card.created_s,
         "owned_by": "weft",
         "max_model_len": card.max_context_tokens,
+        **parent,
     }
 
 
