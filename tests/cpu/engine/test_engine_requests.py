@@ -10,19 +10,22 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
-from support.answers import Answer, plain_answer, random_sampling, same_logprobs
+from support.answers import GRAMMARS, Answer, plain_answer, random_sampling, same_logprobs
 from support.engine_kit import Engine, TinyModel, tiny_models, unit_for
 from support.fake_device import FakeDevice
 from support.oracle import oracle
 from support.plain import PlainModel
+from support.replay_kit import LogitsLog, drive_replay, first_difference
 from support.unit_kit import UnitRun
 from weft.core.actions import CopyKv, UnitAction
 from weft.core.errors import WeftError
 from weft.core.ids import ModelName, RequestId
-from weft.core.request import Request
+from weft.core.request import Grammar, Request, Sampling
 from weft.core.unit import UnitSpec
 from weft.engine.cuda_executor import CudaExecutor
+from weft.sim.replayer import PlanReplayer
 
 MODELS = {
     "a": {"tokenizer": True},
@@ -233,3 +236,56 @@ def test_a_rerun_continues_what_was_sent(tmp_path: Path) -> None:
         assert (unit.tokens[request.id], unit.finish[request.id]) == (want.tokens, want.finish)
         same_logprobs(unit.logprobs[request.id], want.logprobs[at:])
         assert request.id not in unit.prompt_logprobs
+
+
+def test_a_grammar_that_cannot_be_used_fails_alone(tmp_path: Path) -> None:
+    """Also where the frontend's check cannot know: there is no tokenizer, or the fields of the
+    request contradict each other."""
+    models = tiny_models(tmp_path, {"a": MODELS["a"], "b": {}}, dtype="float64", page_tokens=8)
+    eos = models["a"].spec.eos_ids
+    letter = Tokenizer.from_file(str(models["a"].path / "tokenizer.json")).encode("b").ids[0]
+
+    def asked(i: int, model: str, grammar: Grammar | None, **more: Any) -> Request:
+        return Request(
+            id=RequestId(i),
+            model=ModelName(model),
+            prompt=(7, 8, 9),
+            max_tokens=12,
+            sampling=Sampling(grammar=grammar),
+            **more,
+        )
+
+    good = [asked(i, "a", grammar) for i, grammar in enumerate([None, *GRAMMARS])]
+    bad = {
+        90: (asked(90, "a", Grammar(kind="lark", text="start: nobody")), "cannot be used"),
+        91: (asked(91, "b", Grammar(kind="json_object")), "no tokenizer for grammars"),
+        92: (asked(92, "a", Grammar(kind="regex", text="b"), stop_ids=(letter,)), "can only go on"),
+    }
+    rng = Random(1)
+    requests = [*good, *(request for request, _ in bad.values())]
+    rng.shuffle(requests)
+    unit = play(models, unit_for(models), requests, rng)
+    plain = PlainModel(models["a"].path, "float64")
+    for request in good:
+        check_answer(unit, request, plain_answer(plain, request, eos))
+    for i, (request, reason) in bad.items():
+        assert unit.tokens[request.id] == []
+        assert unit.errors[RequestId(i)].startswith("invalid_request: ")
+        assert reason in unit.errors[RequestId(i)]
+
+
+def test_a_plan_log_with_every_parameter_replays_bitwise(tmp_path: Path) -> None:
+    """Promise 2: the same steps give the same bits and tokens, whatever runs between them."""
+    models = tiny_models(tmp_path, MODELS, dtype="float32", page_tokens=8)
+    rng = Random(6)
+    requests = [random_request(i, models, rng) for i in range(20)]
+    wanted, log = LogitsLog(), LogitsLog()
+    unit = play(models, tight(models), requests, rng, logits_tap=wanted)
+    steps = unit.recorder.record()
+    assert any(row.outputs for step in steps for row in step.plan.rows)
+    spec = unit_for(models, num_slots=12, parked_bytes=16 << 20)
+    with Engine(models, spec, logits_tap=log) as engine:
+        replayer = PlanReplayer(spec, [m.spec for m in models.values()], steps, seed=1)
+        drive_replay(engine, replayer)
+    assert replayer.mismatches() == []
+    assert first_difference(wanted.kept, log.kept) is None
