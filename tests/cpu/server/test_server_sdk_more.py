@@ -223,6 +223,31 @@ def test_a_response_calls_functions_and_hears_of_them(folder: Path) -> None:
     talk(saying(folder, "see " + CALL), scenario)
 
 
+def test_what_came_out_goes_in_again(folder: Path) -> None:
+    """As the SDK's own examples do: output items and messages are appended to the input."""
+
+    async def scenario(client: AsyncOpenAI) -> None:
+        tools: Any = [{"type": "function", **FUNCTION}]
+        items: Any = [{"role": "user", "content": "hi"}]
+        first = await client.responses.create(model="m", input=items, tools=tools)
+        items += first.output
+        call = first.output[-1]
+        assert call.type == "function_call"
+        items.append({"type": "function_call_output", "call_id": call.call_id, "output": "2"})
+        assert await client.responses.create(model="m", input=items, tools=tools)
+        messages: Any = [*USER]
+        chat_tools: Any = [{"type": "function", "function": FUNCTION}]
+        create = client.chat.completions.create
+        reply = await create(model="m", messages=messages, tools=chat_tools)
+        message = reply.choices[0].message
+        messages.append(message)
+        for made in message.tool_calls or []:
+            messages.append({"role": "tool", "tool_call_id": made.id, "content": "2"})
+        assert await create(model="m", messages=messages, tools=chat_tools)
+
+    talk(saying(folder, "see " + CALL), scenario)
+
+
 def test_a_response_that_breaks_says_so(folder: Path) -> None:
     error = ReplyError(code=REQUEST_FAILED, message="the worker died too often")
     steps = [Chunk(tokens=(9,)), Chunk(finish="error", error=error)]

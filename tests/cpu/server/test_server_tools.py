@@ -141,6 +141,7 @@ FRAGMENTS = [
         '{"a": [1, "',
         "}",
     ),
+    *(" " * 40, "x" * 40),
     *("]", "[", "{", '"', "\\", ",", ";", ":", " ", "\n", "f", "null", "1", "é", "<", "tool"),
 ]
 
@@ -167,6 +168,18 @@ def test_no_text_breaks_a_reader_and_no_cut_changes_what_it_reads(
     assert calls[0] == calls[1]
     if not whole.calls and not thinks:
         assert whole.content == text  # what is no call is content, all of it
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize(
+    "part", [" ", "[", ",", "<tool_call>x", "[TOOL_CALLS]", "<think>", '{"', "x"]
+)
+def test_long_answers_are_read_in_pieces_as_whole(form: str, part: str) -> None:
+    """Also where the pieces in which a reader takes a long text fall inside of marks."""
+    open_mark = FORMS[form].open
+    text = open_mark + part * 3000
+    whole, cut = (read(CallReader(FORMS[form], names=NAMES), text, seed) for seed in (0, 7))
+    assert (whole.content, len(whole.calls)) == (cut.content, len(cut.calls))
 
 
 @pytest.mark.parametrize("seed", range(5))

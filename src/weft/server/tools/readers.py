@@ -13,6 +13,10 @@ import msgspec
 from weft.server.tools.deltas import CallDelta, Delta, PlainReader, Reader
 from weft.server.tools.scan import MAX_HEAD_CHARS, CallScanner
 
+MAX_BLANKS = 64
+"""Blanks that are dropped (and so held back) before a call, and before and after reasoning."""
+BLOCK_CHARS = 4096
+"""Text is taken in pieces of this size, so that the cost of a cut has a bound."""
 _ALPHABET = string.ascii_letters + string.digits
 
 
@@ -23,6 +27,12 @@ def call_id() -> str:
 def short_call_id() -> str:
     """Nine letters and digits, which Mistral's templates insist on."""
     return "".join(secrets.choice(_ALPHABET) for _ in range(9))
+
+
+def trailing_blanks(text: str) -> int:
+    """How many of the last MAX_BLANKS characters are blanks at the end."""
+    tail = text[-MAX_BLANKS:]
+    return len(tail) - len(tail.rstrip())
 
 
 def held_suffix(text: str, mark: str) -> int:
@@ -92,6 +102,12 @@ class CallReader:
         self._begun = False
 
     def push(self, text: str) -> list[Delta]:
+        deltas: list[Delta] = []
+        for at in range(0, len(text), BLOCK_CHARS):
+            deltas += self._push(text[at : at + BLOCK_CHARS])
+        return deltas
+
+    def _push(self, text: str) -> list[Delta]:
         steps = {
             "start": self._start,
             "text": self._text,
@@ -127,9 +143,9 @@ class CallReader:
 
     def _start(self, buffer: str, deltas: list[Delta]) -> str:
         rest = buffer.lstrip()
-        if not rest:
+        if not rest and len(buffer) <= MAX_BLANKS:
             return buffer
-        if rest.startswith("{"):
+        if rest.startswith("{") and len(buffer) - len(rest) <= MAX_BLANKS:
             self._aside = buffer[: len(buffer) - len(rest)]
             self._begin_call(CallScanner())
             return rest
@@ -139,7 +155,7 @@ class CallReader:
     def _text(self, buffer: str, deltas: list[Delta]) -> str:
         at = buffer.find(self._form.open)
         end = at if at >= 0 else len(buffer) - held_suffix(buffer, self._form.open)
-        content = buffer[:end].rstrip()
+        content = buffer[: end - trailing_blanks(buffer[:end])]
         deltas += _said(content)
         if at < 0:
             return buffer[len(content) :]
@@ -160,6 +176,9 @@ class CallReader:
         char = buffer[0]
         if char == "{":
             self._begin_call(CallScanner())
+            return buffer
+        if len(self._aside) > MAX_HEAD_CHARS:
+            deltas += self._give_back()
             return buffer
         if char.isspace() or char in self._form.frame:
             self._aside += char
@@ -197,8 +216,13 @@ class CallReader:
 
     def _call(self, buffer: str, deltas: list[Delta]) -> str:
         scanner = self._scanner
-        for i, char in enumerate(buffer):
-            scanner.push(char)
+        i = -1
+        while i + 1 < len(buffer):
+            i += 1
+            i += scanner.skip(buffer, i)
+            if i == len(buffer):
+                break
+            scanner.push(buffer[i])
             if not self._begun and scanner.name is not None and not self._is_call(scanner.name):
                 scanner.failed = True
             if scanner.failed:
@@ -252,10 +276,11 @@ class ReasoningReader:
         self._held = ""
         if self._state == "start":
             rest = buffer.lstrip()
-            if self.OPEN.startswith(rest) and rest != self.OPEN:
+            is_near = len(buffer) - len(rest) <= MAX_BLANKS
+            if is_near and self.OPEN.startswith(rest) and rest != self.OPEN:
                 self._held = buffer
                 return []
-            if rest.startswith(self.OPEN):
+            if is_near and rest.startswith(self.OPEN):
                 self._state, buffer = "inside", rest[len(self.OPEN) :]
             else:
                 self._state = "outside"
@@ -277,14 +302,13 @@ class ReasoningReader:
             self._fresh = not buffer
         at = buffer.find(self.CLOSE)
         if at >= 0:
-            thought = buffer[:at].rstrip()
+            thought = buffer[: at - trailing_blanks(buffer[:at])]
             if thought:
                 deltas.append(Delta(reasoning=thought))
             self._state = "after"
             return buffer[at + len(self.CLOSE) :]
         keep = held_suffix(buffer, self.CLOSE)
-        head = buffer[: len(buffer) - keep]
-        keep += len(head) - len(head.rstrip())
+        keep += trailing_blanks(buffer[: len(buffer) - keep])
         thought = buffer[: len(buffer) - keep]
         if thought:
             deltas.append(Delta(reasoning=thought))
@@ -294,7 +318,7 @@ class ReasoningReader:
     def finish(self) -> list[Delta]:
         held, self._held = self._held, ""
         if self._state == "inside":
-            thought = held.rstrip()
+            thought = held[: len(held) - trailing_blanks(held)]
             return [Delta(reasoning=thought)] if thought else []
         deltas = self._inner.push(held) if held else []
         return [*deltas, *self._inner.finish()]

@@ -5,9 +5,11 @@ client sees them grow.
 """
 
 import json
+import re
 
 NAME_KEYS = ("name",)
 ARGUMENT_KEYS = ("arguments", "parameters")
+_PLAIN = re.compile(r'[^"\\]+')
 MAX_HEAD_CHARS = 4096
 """What may stand before the name is known, arguments aside."""
 
@@ -43,6 +45,11 @@ class ValueScanner:
             self.done = self._depth <= 0
         return True
 
+    @property
+    def is_plain(self) -> bool:
+        """Inside quotes, where nothing but a quote or a backslash means anything."""
+        return self._quoted and not self._escaped
+
     def _in_text(self, char: str) -> None:
         if self._escaped:
             self._escaped = False
@@ -71,6 +78,20 @@ class CallScanner:
         self._arguments = ""
         self._given = 0
         self._has_arguments = False
+
+    def skip(self, text: str, at: int) -> int:
+        """Takes what is plain text inside a quoted value from `at` on; how many characters."""
+        if self._state != "value" or self._value is None or not self._value.is_plain:
+            return 0
+        run = _PLAIN.match(text, at)
+        if run is None:
+            return 0
+        self.raw += run[0]
+        if self._key in ARGUMENT_KEYS:
+            self._arguments += run[0]
+        elif self._key in NAME_KEYS:
+            self._text += run[0]
+        return run.end() - at
 
     def push(self, char: str) -> None:
         """Not to be called once `done` or `failed`."""
