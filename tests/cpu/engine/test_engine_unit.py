@@ -3,6 +3,7 @@
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,18 @@ from weft.core.request import FinishReason, Request, Sampling
 from weft.core.unit import UnitSpec
 from weft.sim.replayer import PlanReplayer
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "a": {},
     "b": {"family": "qwen2", "heads": 6, "kv_heads": 1, "head_dim": 24, "hidden": 48},
     "c": {"tied": True, "layers": 3, "rope": "llama3"},
 }
+
+WINDOWED: dict[str, dict[str, Any]] = {
+    "a": {"family": "gemma3", "tied": True},
+    "b": {"family": "mistral", "rope": "dynamic", "config_extra": {"sliding_window": 12}},
+    "c": {"family": "phi3", "rope": "longrope", "config_extra": {"partial_rotary_factor": 0.5}},
+}
+"""Windows shorter than most requests, soft-caps, norms in other places, partial rotary."""
 
 
 def tight(models: dict[str, TinyModel], **fields: int) -> UnitSpec:
@@ -99,9 +107,11 @@ def check_streams(unit: UnitRun, models: dict[str, TinyModel], requests: list[Re
                 assert unit.finish[request.id] == finish
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_every_stream_equals_its_plain_run(tmp_path: Path, depth: int) -> None:
-    models = tiny_models(tmp_path, MODELS, dtype="float64", page_tokens=8)
+@pytest.mark.parametrize(("depth", "shapes"), [(1, MODELS), (2, MODELS), (2, WINDOWED)])
+def test_every_stream_equals_its_plain_run(
+    tmp_path: Path, depth: int, shapes: dict[str, dict[str, Any]]
+) -> None:
+    models = tiny_models(tmp_path, shapes, dtype="float64", page_tokens=8)
     rng = Random(depth)
     requests = [random_request(i, models, rng) for i in range(30)]
     cancelled: set[RequestId] = set()
