@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.kernel_cases import AttentionCase, attention_case, relative_error
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
+from weft.kernels import paged_attention_jit  # noqa: E402
 from weft.kernels.paged_attention import (  # noqa: E402
     ChunkBlocks,
     attention_torch,
@@ -144,6 +146,38 @@ def test_chunks_with_windows_and_caps(window: int, cap: float | None) -> None:
     )
     lse = torch.full(case.q.shape[:2], float("nan"))
     check(case, run_chunks(case, lse), lse)
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_tiles_outside_a_window_are_not_visited(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """32 keys a tile: the window of 40 and the tokens of the step lie in four at most."""
+    tiles: list[int] = []
+    plain = paged_attention_jit._key_tile
+
+    def counting(*args: Any, **options: Any) -> Any:
+        tiles.append(1)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(paged_attention_jit, "_key_tile", counting)
+    for window in (40, 0):
+        tiles.clear()
+        case = attention_case(
+            seed=2,
+            q_heads=1,
+            kv_heads=1,
+            head_dim=16,
+            page_tokens=16,
+            starts=[500],
+            counts=[count],
+            dtype=torch.float32,
+            window=window,
+        )
+        lse = torch.full(case.q.shape[:2], float("nan"))
+        run = run_chunks(case, lse) if count > 1 else run_decode(case, 1, lse)
+        check(case, run, lse)
+        assert 0 < len(tiles) <= 4 if window else len(tiles) >= 16
 
 
 def test_a_row_does_not_depend_on_pages_or_company() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from support.tiny import CLASSES, tiny_checkpoint
 from weft.core.errors import WeftError
 from weft.core.model import Architecture, RopeSpec
 from weft.models.hf_config import read_model_config
@@ -178,6 +179,21 @@ def test_phi3_128k(tmp_path: Path) -> None:
     part = {k: v[:36] for k, v in su.items() if k != "type"} | {"type": "longrope"}
     half = read(tmp_path, PHI3_128K | {"rope_scaling": part, "partial_rotary_factor": 0.75})
     assert half.rope.rotary_dim == 72
+
+
+@pytest.mark.parametrize("style", ["v4", "v5"])
+@pytest.mark.parametrize("family", sorted(CLASSES))
+def test_what_transformers_saves_again_is_the_same_model(
+    tmp_path: Path, family: str, style: str
+) -> None:
+    """Its own v5 spelling, with every default written out."""
+    import transformers
+
+    rope = "longrope" if family == "phi3" else "yarn"
+    path = tiny_checkpoint(tmp_path / "ours", family=family, rope=rope, rope_style=style, layers=3)
+    config = transformers.AutoConfig.from_pretrained(path)
+    config.save_pretrained(tmp_path / "theirs")
+    assert read_model_config(tmp_path / "theirs") == read_model_config(path)
 
 
 @pytest.mark.parametrize(
