@@ -9,11 +9,15 @@ grammar, W 32-bit words of a mask.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from weft.core.actions import Row
+
+_NO_IDS = np.zeros(0, dtype=np.int64)
+_NO_VALUES = np.zeros(0, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Adjustments:
 
 def bias_arrays(rows: Sequence[Row]) -> list[np.ndarray]:
     """rows, ids and values of all biases of the sampling rows; an id named twice counts twice."""
+    if not any(row.sample is not None and row.sample.logit_bias for row in rows):
+        return [_NO_IDS, _NO_IDS, _NO_VALUES]
     at: list[int] = []
     ids: list[int] = []
     values: list[float] = []
@@ -83,23 +89,45 @@ def bias_arrays(rows: Sequence[Row]) -> list[np.ndarray]:
 
 def penalty_arrays(rows: Sequence[Row]) -> list[np.ndarray]:
     """rows, ids, factors and shifts of all penalties of the sampling rows."""
-    parts: list[list[np.ndarray]] = [
-        [np.zeros(0, dtype=t)] for t in (np.int64, np.int64, np.float64, np.float64)
-    ]
+    parts: list[list[np.ndarray]] = [[_NO_IDS], [_NO_IDS], [_NO_VALUES], [_NO_VALUES]]
     for i, row in enumerate(rows):
         sampling = row.sample
         if sampling is None or not sampling.penalised:
             continue
         seen, counts = np.unique(np.array(row.outputs, dtype=np.int64), return_counts=True)
         shift = sampling.presence_penalty + sampling.frequency_penalty * counts
-        prompt = np.array(row.prompt_ids, dtype=np.int64)
-        only_prompt = np.setdiff1d(prompt, seen, assume_unique=True)
+        prompt = _as_array(row.prompt_ids)
+        only_prompt = prompt[np.isin(prompt, seen, assume_unique=True, invert=True, kind="table")]
         ids = np.concatenate((seen, only_prompt))
         parts[0].append(np.full(len(ids), i, dtype=np.int64))
         parts[1].append(ids)
         parts[2].append(np.full(len(ids), sampling.repetition_penalty))
         parts[3].append(np.concatenate((shift, np.zeros(len(only_prompt)))))
     return [np.concatenate(part) for part in parts]
+
+
+class _Same:
+    """A tuple by its identity: comparing or hashing 20,000 ids would take as long as reading
+    them. While it is remembered nothing else has its place in memory."""
+
+    def __init__(self, ids: tuple[int, ...]) -> None:
+        self.tuple = ids
+
+    def __hash__(self) -> int:
+        return id(self.tuple)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.tuple is other.tuple
+
+
+@lru_cache(maxsize=64)
+def _of_tuple(ids: _Same) -> np.ndarray:
+    return np.array(ids.tuple, dtype=np.int64)
+
+
+def _as_array(ids: tuple[int, ...]) -> np.ndarray:
+    """A prompt's ids come as the same object with every step of a request."""
+    return _of_tuple(_Same(ids))
 
 
 def adjust(logits_SV: torch.Tensor, adjustments: Adjustments) -> torch.Tensor:

@@ -171,6 +171,8 @@ def page_entries(plan: StepPlan, table_width: int) -> tuple[np.ndarray, np.ndarr
     places: list[int] = []
     pages: list[int] = []
     for row in plan.rows:
+        if not row.append_pages:
+            continue
         first = row.slot * table_width + row.first_page
         places.extend(range(first, first + len(row.append_pages)))
         pages.extend(row.append_pages)
