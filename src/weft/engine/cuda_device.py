@@ -185,11 +185,14 @@ class CudaDevice:
         return TritonLora()
 
     def quant_matmul(self) -> QuantMatmul:
-        from weft.kernels.quant_matmul import TritonQuantMatmul
+        from weft.kernels import quant_matmul as ours
 
         properties = torch.cuda.get_device_properties(self._device)
-        return TritonQuantMatmul(
-            properties.multi_processor_count, fp8=(properties.major, properties.minor) >= (8, 9)
+        large = properties.shared_memory_per_block_optin >= ours.LARGEST_TILE_BYTES
+        return ours.TritonQuantMatmul(
+            properties.multi_processor_count,
+            fp8=(properties.major, properties.minor) >= (8, 9),
+            prefill_tokens=ours.PREFILL_TOKENS if large else ours.SMALL_PREFILL_TOKENS,
         )
 
     def sampler(self) -> Sampler:

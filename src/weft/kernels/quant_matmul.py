@@ -26,6 +26,10 @@ from weft.kernels.quant_weight import QuantWeight, dequantize
 MAX_SPLITS = 16
 PREFILL_TOKENS = 256
 """From so many tokens on, dequantizing first is faster (benchmarks/quant)."""
+SMALL_PREFILL_TOKENS = 65
+"""The same on devices whose processors have too little shared memory for the largest tile."""
+LARGEST_TILE_BYTES = 160 << 10
+"""Shared memory of the largest tile, about."""
 SCRATCH_BYTES = 64 << 20
 
 
@@ -306,14 +310,19 @@ class TritonQuantMatmul:
         *,
         prefill: Literal["auto", "fused", "scratch"] = "auto",
         fp8: bool = True,
+        prefill_tokens: int = PREFILL_TOKENS,
         tile: Tile | None = None,
         splits: int | None = None,
         scratch_bytes: int = SCRATCH_BYTES,
     ) -> None:
-        """fp8: the device converts FP8 (compute capability 8.9); else torch does, into scratch."""
+        """fp8: the device converts FP8 (compute capability 8.9); else torch does, into scratch.
+
+        prefill_tokens: from so many tokens on "auto" dequantizes first.
+        """
         self._num_sms = num_sms
         self._prefill = prefill
         self._fp8 = fp8
+        self._prefill_tokens = prefill_tokens
         self._tile = tile
         self._splits = splits
         self._scratch_bytes = scratch_bytes
@@ -323,7 +332,7 @@ class TritonQuantMatmul:
     ) -> torch.Tensor:
         tokens = x_TI.shape[0]
         scratch = self._prefill == "scratch" or (
-            self._prefill == "auto" and tokens >= PREFILL_TOKENS
+            self._prefill == "auto" and tokens >= self._prefill_tokens
         )
         if tokens == 0:
             return x_TI.new_empty((0, weight.outputs))

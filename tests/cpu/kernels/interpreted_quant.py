@@ -82,3 +82,17 @@ def test_no_tokens_and_float64() -> None:
     assert ours(torch.randn(0, 64), weight, None).shape == (0, 8)
     x = torch.randn(2, 64, dtype=torch.float64)
     torch.testing.assert_close(ours(x, weight, None), TWIN(x, weight, None))
+
+
+def test_many_tokens_take_the_scratch() -> None:
+    """ "auto" is one or the other to the bit, by the number of tokens."""
+    weight = quant_weight("int4", outputs=64, inputs=64, group=32, blocks=2, input_major=False)
+    ways = {
+        name: TritonQuantMatmul(4, prefill=name, tile=SMALL, prefill_tokens=3)
+        for name in ("auto", "fused", "scratch")
+    }
+    for tokens, way in ((2, "fused"), (3, "scratch")):
+        x = torch.randn(tokens, 64).half()
+        out = {name: how(x, weight, None) for name, how in ways.items()}
+        assert torch.equal(out["auto"], out[way])
+        assert not torch.equal(out["fused"], out["scratch"])
