@@ -205,6 +205,12 @@ class Tally:
     """Continued from the journal alone, in a later incarnation than they began in."""
     recomputed: int = 0
     """KV given up for want of host memory and computed again in the same incarnation."""
+    found: int = 0
+    """Began behind pages of the prefix cache, each in its incarnation."""
+    prefix_saves: int = 0
+    """Copies of the prefix cache to the host store."""
+    prefix_fetches: int = 0
+    """And from there."""
     seconds: float = 0.0
 
     def __add__(self, other: "Tally") -> "Tally":
@@ -518,6 +524,9 @@ def _count_incarnation(
         match action:
             case Load() if action.id in worked:
                 tally.switches += 1
+            case CopyKv(request=-1, to=to) if action.id in worked:
+                tally.prefix_saves += to == "host"
+                tally.prefix_fetches += to == "device"
             case CopyKv(to="host", request=request) if action.id in worked:
                 tally.parks += 1
                 tally.parks_in_answer += request in drawn
@@ -530,6 +539,7 @@ def _count_incarnation(
                 for row in plan.rows:
                     if row.start == 0 and row.request in ran:
                         tally.recomputed += 1
+                    tally.found += row.start > 0 and row.request not in ran
                     tally.reruns += row.request in before and row.request not in ran
                     ran.add(row.request)
                     if row.sample is not None:

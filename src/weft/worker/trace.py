@@ -22,7 +22,7 @@ nanoseconds of CLOCK_MONOTONIC, the same clock for all processes of a machine:
     after         ids it had to follow
     Run only:     rows, tokens (input tokens of the first iteration), prefill_rows, iterations,
                   lane, follow (absent if none), requests (ids of the rows)
-    CopyKv only:  request, kv_tokens, pages, to ("host" | "device")
+    CopyKv only:  request (-1: of the prefix cache), kv_tokens, pages, to ("host" | "device")
     Load, Drop, MapKv, UnmapKv: granules (how many)
 
 A device runs the actions between their `after` and their end; `done_ns - device_ns` is the best

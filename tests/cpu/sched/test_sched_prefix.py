@@ -339,3 +339,10 @@ def test_a_model_that_is_pinned_comes_in_where_only_cached_pages_are() -> None:
     loads = [(t, x.model) for t, x in outcome.trace if isinstance(x, Load)]
     assert [name for _, name in loads] == ["a", "b"]
     assert 9000 * MS <= loads[1][0] < 9100 * MS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(8))
+def test_campaign_of_crowds(block: int, campaign_seed: int) -> None:
+    for i in range(500):
+        run_scenario(crowd(campaign_seed * 1_000_003 + block * 1000 + i, [0.0, 0.3][i % 2]))
