@@ -97,7 +97,7 @@ def test_streams_have_no_seam_when_the_worker_is_killed(
         plain = asyncio.run(stream_all(pool, jobs(), **BODY))
         for seed in range(rounds):
             assert asyncio.run(kill_during(pool, kills, seed=seed)) == plain
-        assert pool.log().count("is lost: killed by signal 9") == rounds * kills
+        assert pool.log().count("state=lost reason=killed by signal 9") == rounds * kills
         poll(lambda: nothing_is_held(pool), 10.0, pool)
         assert pool.stop() == 0
 

@@ -26,7 +26,7 @@ def test_a_device_that_is_not_there_ends_the_server(tmp_path: Path) -> None:
     )
     assert done.returncode == 2, done.stderr
     assert "no CUDA device can be used" in done.stderr.splitlines()[-1]
-    assert done.stderr.count(" starts (pid") == 1
+    assert done.stderr.count(" state=starting pid=") == 1
 
 
 def test_an_unknown_model_folder_ends_the_server(tmp_path: Path) -> None:
@@ -58,4 +58,4 @@ def test_a_port_in_use_ends_the_server_before_a_worker_starts(tmp_path: Path) ->
         )
     assert done.returncode == 2, done.stderr
     assert "choose another with --port" in done.stderr.splitlines()[-1]
-    assert " starts (pid" not in done.stderr
+    assert " state=starting pid=" not in done.stderr

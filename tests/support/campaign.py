@@ -265,7 +265,7 @@ class House:
 
     def deaths(self) -> list[str]:
         """What every worker that is gone died of, from the server's log."""
-        return re.findall(r"unit\d+\.\d+ is lost: (.*)", self.pool.log())
+        return re.findall(r"unit=\d+\.\d+ state=lost reason=(.*)", self.pool.log())
 
     @property
     def switches_seen(self) -> int:

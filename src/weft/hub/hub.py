@@ -336,7 +336,7 @@ class PoolHub:
         """Its process is gone, and everything it said went through `unit_messages`."""
         self._handle([ev.UnitLost(unit=unit, incarnation=incarnation, cause=cause)])
         if self._scheduler.units[unit].down:
-            log.error("unit%d is down, it will be tried again: %s", unit, cause)
+            log.error("unit=%d state=down reason=it will be tried again: %s", unit, cause)
 
     def drain(self) -> None:
         """Refuse new requests; `drained` returns when none is left."""

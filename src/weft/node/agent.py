@@ -62,7 +62,7 @@ class _Worker:
 
     @property
     def label(self) -> str:
-        return f"unit{self.config.unit}.{self.config.incarnation}"
+        return f"{self.config.unit}.{self.config.incarnation}"
 
     def kill(self) -> None:
         """Does nothing to a process that has ended."""
@@ -74,7 +74,12 @@ class _Worker:
                 case Hello(device=device):
                     self.stop_timer()
                     self.agent.was_up = True
-                    log.info("%s is up on %s (pid %d)", self.label, device, self.process.pid)
+                    log.info(
+                        "unit=%s state=up pid=%d device=%s",
+                        self.label,
+                        self.process.pid,
+                        device.replace(" ", "-"),
+                    )
                 case WorkerFailed(reason=reason, refused=refused):
                     self.reason = reason
                     if refused and not self.agent.was_up and self.agent.on_refused is not None:
@@ -128,7 +133,7 @@ class NodeAgent:
             return
         loop = asyncio.get_running_loop()
         config = msgspec.structs.replace(self._configs[unit], incarnation=incarnation)
-        label = f"unit{unit}.{incarnation}"
+        label = f"{unit}.{incarnation}"
         ours: socket.socket | None = None
         try:
             ours, theirs = socket.socketpair()
@@ -139,7 +144,7 @@ class NodeAgent:
                 ours.close()
             loop.call_soon(self.hub.unit_lost, unit, incarnation, f"cannot start a worker: {error}")
             return
-        log.info("%s starts (pid %d)", label, process.pid)
+        log.info("unit=%s state=starting pid=%d", label, process.pid)
         worker = self._workers[unit, incarnation] = _Worker(config, process, self)
         worker.channel = HubChannel(ours, worker.on_messages, worker.on_end)
         worker.channel.send(Configure(config=config))
@@ -149,7 +154,7 @@ class NodeAgent:
     def _spawn(self, label: str, socket_fd: int) -> subprocess.Popen[bytes]:
         # The kernel kills the worker when the thread that forked it ends (PR_SET_PDEATHSIG):
         # `start` must run in a thread that lives as long as the server.
-        command = [*self._command, "--label", label, "--socket-fd", str(socket_fd)]
+        command = [*self._command, "--label", f"unit{label}", "--socket-fd", str(socket_fd)]
         command += ["--host-fd", str(self._host.fd), "--parent", str(os.getpid())]
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, pass_fds=(socket_fd, self._host.fd)
@@ -170,7 +175,7 @@ class NodeAgent:
         worker.exited.set()
         cause = worker.reason or _exit_text(worker.process.returncode)
         if not self._closing:
-            log.warning("%s is lost: %s", worker.label, cause)
+            log.warning("unit=%s state=lost reason=%s", worker.label, cause)
             self.hub.unit_lost(config.unit, config.incarnation, cause)
 
     def _too_slow(self, worker: _Worker) -> None:
