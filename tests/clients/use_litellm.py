@@ -31,7 +31,7 @@ def main(url: str, model: str) -> dict[str, Any]:
     )
     shaped = litellm.completion(
         messages=messages,
-        max_tokens=64,
+        max_tokens=400,  # a small model may fill up with as many blanks as JSON has room for
         response_format={
             "type": "json_schema",
             "json_schema": {

@@ -107,7 +107,7 @@ class Oracle:
     @torch.inference_mode()
     def loglikelihood(self, context: str, more: str) -> float:
         whole = self.ids(context + more)
-        begin = len(self.ids(context))
+        begin = len(self.ids(context.rstrip()))  # lm-eval counts blanks between as what follows
         logprobs = self.model(torch.tensor([whole])).logits[0].log_softmax(-1)
         return sum(float(logprobs[i - 1, whole[i]]) for i in range(begin, len(whole)))
 
