@@ -40,14 +40,8 @@ from weft.core.unit import UnitSpec
 from weft.cost.model import CostModel
 from weft.policy.presets import preset
 from weft.sched.scheduler import UnitScheduler
-from weft.sim.executor import (
-    BAD_GRAMMAR,
-    ModelledExecutor,
-    contexts_of,
-    embedding_of,
-    expected_stream,
-    score,
-)
+from weft.sim.executor import ModelledExecutor
+from weft.sim.modelled import BAD_GRAMMAR, contexts_of, embedding_of, expected_stream, score
 
 MAX_DECISIONS = 200_000
 KIB = 1024

@@ -11,7 +11,7 @@ from weft.core.ids import ModelName, RequestId
 from weft.core.model import ModelSpec
 from weft.core.request import Request, Sampling
 from weft.core.unit import UnitSpec
-from weft.sim.executor import expected_stream
+from weft.sim.modelled import expected_stream
 from weft.sim.scenario import (
     Body,
     Scenario,
