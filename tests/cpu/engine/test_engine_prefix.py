@@ -3,17 +3,20 @@ is its plain run) and promise 1 (checksums of pages that lay in the host store).
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
 
 from support.engine_kit import Engine, TinyModel, plain_run, tiny_models, unit_for
+from support.fake_device import FakeDevice
 from support.unit_kit import UnitRun
 from weft.core.actions import CopyKv, Run
 from weft.core.ids import ModelName, RequestId
 from weft.core.request import Request, Sampling
 from weft.core.unit import UnitSpec
 from weft.engine.cpu_executor import CpuExecutor
+from weft.engine.cuda_executor import CudaExecutor
 from weft.sched.prefix import NO_REQUEST
 
 MODELS = {
@@ -74,14 +77,19 @@ def first_starts(unit: UnitRun) -> dict[int, int]:
     return starts
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_streams_with_found_kv_are_their_plain_runs(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "device"), [(0, "cpu"), (1, "cpu"), (2, "cuda")])
+def test_streams_with_found_kv_are_their_plain_runs(tmp_path: Path, seed: int, device: str) -> None:
+    """On the CPU, and by the CUDA executor on a stand-in device."""
     models = tiny_models(tmp_path, MODELS, dtype="float64", page_tokens=8)
     rng = Random(seed)
     requests = shared_requests(models, rng, 40)
-    with Engine(models, tight(models), threads=1) as engine:
+    options: dict[str, Any] = {}
+    if device == "cuda":
+        options = {"make": CudaExecutor, "device": FakeDevice(seed), "verify": True}
+    with Engine(models, tight(models), threads=1, **options) as engine:
         unit = run_some(engine, requests, rng)
-        assert isinstance(engine.executor, CpuExecutor) and engine.executor.checksums is not None
+        assert isinstance(engine.executor, CpuExecutor | CudaExecutor)
+        assert engine.executor.checksums is not None
         assert engine.executor.checksums.compared > 0
     with Engine(models, unit_for(models)) as engine:
         for request in requests:
