@@ -277,9 +277,11 @@ class Answer(Response):
             self._metrics.requests.labels(model, choice.outcome).inc()
             self._metrics.attainment.ended(model, choice)
         self._metrics.requests.labels(model, "refused").inc(self._unopened)
+        ends = {choice.outcome for choice in self._choices} or {outcome}
+        for state in sorted({"cancelled", "error"} & {str(end) for end in ends}):
+            log.info("request=%s model=%s state=%s", self._request_id, model, state)
         visit: Visit | None = scope.get("state", {}).get("visit")
         if visit is not None:
-            ends = {choice.outcome for choice in self._choices} or {outcome}
             visit.outcome = ",".join(sorted(str(end) for end in ends))
             visit.left = self._status == CLIENT_CLOSED
 

@@ -125,7 +125,11 @@ def test_objectives_are_counted_token_by_token(folder: Path) -> None:
         assert value(text, "weft_slo_tokens_in_time_total", model=name) == tokens * share
 
 
-def test_a_client_that_left_is_counted_as_cancelled(folder: Path) -> None:
+def test_a_client_that_left_is_counted_as_cancelled(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
     async def scenario() -> str:
         hold = Hold()
         hub = FakeHub([card("m", folder)], lambda _: [Chunk(tokens=(9,)), hold])
@@ -142,6 +146,8 @@ def test_a_client_that_left_is_counted_as_cancelled(folder: Path) -> None:
 
     text = asyncio.run(scenario())
     assert value(text, "weft_requests_total", model="m", outcome="cancelled") == 1
+    lines = [record.getMessage() for record in caplog.records]
+    assert len([line for line in lines if line.endswith("model=m state=cancelled")]) == 1
 
 
 def test_the_pool_is_shown(folder: Path) -> None:
