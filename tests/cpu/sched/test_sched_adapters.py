@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from weft.core.actions import Drop, Load, Run, UnitAction
 from weft.core.events import Assign, Submit, Unassign
@@ -11,6 +13,7 @@ from weft.core.ids import ModelName, RequestId
 from weft.core.model import ModelSpec
 from weft.core.request import Request
 from weft.core.unit import UnitSpec
+from weft.sim.adapter_scenario import adapter_scenario
 from weft.sim.scenario import Body, Outcome, Scenario, random_scenario, run_scenario
 
 KIB = 1024
@@ -234,3 +237,17 @@ def test_random_scenarios_have_steps_of_several_adapters() -> None:
         runs = [x for _, x in outcome.trace if isinstance(x, Run)]
         mixed += any(len({row.adapter for row in run.plan.rows}) > 1 for run in runs)
     assert mixed > 3
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 1 << 40))
+def test_crowded_adapters_end_right_and_leave_nothing(seed: int) -> None:
+    """What does not fit waits, what runs has its adapter, and nobody waits for ever."""
+    run_scenario(adapter_scenario(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 4000, 500))
+def test_many_crowded_adapters(first: int) -> None:
+    for seed in range(first, first + 500):
+        run_scenario(adapter_scenario(seed))
