@@ -72,6 +72,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """For requests that do not say."""
     chat_template: str | None = None
     """Path of a file with a Jinja template instead of the checkpoint's own."""
+    text_stamp: int = 0
+    """Another one when tokenizer or template files have changed."""
     failed: str | None = None
     """Why the model cannot be served (a broken checkpoint); its requests get 503 model_failed."""
 

@@ -11,6 +11,7 @@ Everything runs in the event loop's thread, except reading headers and writing i
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -43,6 +44,7 @@ from weft.transport.messages import BindModel
 
 log = logging.getLogger("weft.node")
 
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BUILD_THREADS = min(8, os.cpu_count() or 1)
 
 Found = Checkpoint | str
@@ -386,6 +388,7 @@ class Catalog:
             tool_parser=model.config.tool_parser,
             defaults=_defaults(model.config.defaults, self.config.defaults),
             chat_template=self._template(model.config),
+            text_stamp=_stamp(model.text_path, self._template(model.config)),
         )
 
     def _name_of(self, below: ModelName | None) -> str | None:
@@ -415,6 +418,15 @@ class Catalog:
 def _names(entry: tuple[ModelConfig, ModelConfig | None]) -> set[str]:
     """Of a model or adapter, and of the model under an adapter."""
     return {model.name for model in entry if model is not None}
+
+
+def _stamp(folder: Path, template: str | None) -> int:
+    """Of the files that make text of tokens and back; files that are not there count nothing."""
+    stamp = 0
+    for file in (*(folder / name for name in TEXT_FILES), *([template] if template else ())):
+        with contextlib.suppress(OSError):
+            stamp += os.stat(file).st_mtime_ns
+    return stamp
 
 
 def _same_weights(

@@ -3,6 +3,7 @@ what is served is what the last file says, and every image holds the bytes of it
 
 import asyncio
 import gc
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,25 @@ async def play(rng: random.Random, roots: Path, wanted: Wanted) -> None:
 @given(seed=st.integers(0, 1 << 40))
 def test_any_sequence_of_reloads(seed: int, roots: Path, wanted: Wanted) -> None:
     asyncio.run(play(random.Random(seed), roots, wanted))
+
+
+def test_a_changed_template_is_a_change(roots: Path, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("a")
+    model = {"name": "a", "path": "ant", "chat_template": str(template)}
+    config = make_pool_config({"models": [model]}, source="test")
+
+    async def scenario() -> None:
+        house = House(roots, config, random.Random(1), 4 * MIB)
+        before = house.hub.models()
+        assert not (await house.catalog.apply(config, roots)).updated
+        os.utime(template, ns=(5, 5))
+        assert (await house.catalog.apply(config, roots)).updated == ["a"]
+        assert house.hub.models() != before, "so the text side reads it again"
+        house.hub.close()
+        house.host.close()
+
+    asyncio.run(scenario())
 
 
 def test_everything_comes_back_when_all_has_gone(roots: Path, wanted: Wanted) -> None:
