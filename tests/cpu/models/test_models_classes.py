@@ -92,14 +92,15 @@ def check(folder: Path, family: str, seed: int) -> None:
     longest = config["max_position"] - NEW_TOKENS
     shortest = 65 if config["rope"] == "longrope" and longest > 65 else 2
     prompt = [int(t) for t in rng.integers(0, 112, int(rng.integers(shortest, min(longest, 90))))]
-    # In float64 transformers' norm, softmax and angles stay float32; the dense model's do not.
-    dtype = ("float32", "float64")[seed % 2]
+    # In float64 transformers' norm, softmax and angles stay float32 (worst seen: 3e-4 of the
+    # spread); the dense model's do not, and is the strict one.
+    dtype, tolerance = (("float32", 2e-4), ("float64", 1e-3))[seed % 2]
     model = PlainModel(path, dtype=dtype, page_tokens=int(rng.integers(1, 6)))
     theirs = oracle(path, getattr(torch, dtype))
     for chunk in (None, int(rng.integers(1, 17))):
         ours, logits = model.generate(prompt, NEW_TOKENS, chunk=chunk, seed=seed)
         expected = oracle_logits(theirs, prompt + ours[:-1], len(prompt))
-        assert_same_answer(ours, logits, expected, tolerance=2e-4)
+        assert_same_answer(ours, logits, expected, tolerance)
     if dtype == "float64":
         dense = DenseModel(path, model.arch).logits(prompt + ours[:-1])[len(prompt) - 1 :]
         assert np.abs(logits.numpy() - dense).max() < 1e-9
