@@ -24,7 +24,7 @@ import triton.language as tl
 from weft.kernels.quant_weight import QuantWeight, dequantize
 
 MAX_SPLITS = 16
-PREFILL_TOKENS = 256
+PREFILL_TOKENS = 160
 """From so many tokens on, dequantizing first is faster (benchmarks/quant)."""
 SMALL_PREFILL_TOKENS = 65
 """The same on devices whose processors have too little shared memory for the largest tile."""
