@@ -24,20 +24,37 @@ def checkpoint(folder: Path, seed: int) -> Path:
     )
 
 
-@pytest.fixture
-def pool(tmp_path: Path) -> Iterator[PoolProcess]:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PoolProcess, Path, str]]:
+    """One pool for all tests, its folder, and its first configuration."""
+    folder = tmp_path_factory.mktemp("reload")
     for seed, name in enumerate(("ant", "bee", "cat", "dog")):
-        checkpoint(tmp_path / "roots" / name, seed)
-    (tmp_path / "elsewhere").mkdir()
-    checkpoint(tmp_path / "elsewhere" / "eel", 8)
-    (tmp_path / "roots" / "link").symlink_to(tmp_path / "elsewhere" / "eel")
+        checkpoint(folder / "roots" / name, seed)
+    (folder / "elsewhere").mkdir()
+    checkpoint(folder / "elsewhere" / "eel", 8)
+    (folder / "roots" / "link").symlink_to(folder / "elsewhere" / "eel")
     models = [{"name": n, "path": f"roots/{n}"} for n in ("ant", "bee")]
     engine = {"device_memory": "12M", "spare_host_memory": "16M"}
     with running_pool(
-        tmp_path, models, engine=engine, turn_s=0.05, admin={"model_roots": ["roots"]}
+        folder, models, engine=engine, turn_s=0.05, admin={"model_roots": ["roots"]}
     ) as running:
         running.wait_ready()
-        yield running
+        yield running, folder, running.config_file.read_text()
+
+
+@pytest.fixture
+def pool(shared: tuple[PoolProcess, Path, str]) -> PoolProcess:
+    """The pool as it was at first."""
+    running, _, first = shared
+    running.config_file.write_text(first)
+    assert not command(running, "reload")["failed"]
+    poll(lambda: set(_states(running)) == {"ant", "bee"}, 30, running)
+    return running
+
+
+@pytest.fixture
+def folder(shared: tuple[PoolProcess, Path, str]) -> Path:
+    return shared[1]
 
 
 def complete(pool: PoolProcess, model: str, tokens: int = 8, **more: Any) -> httpx.Response:
@@ -78,6 +95,7 @@ def entry(name: str, path: str | None = None, **more: Any) -> dict[str, Any]:
 
 def test_models_are_added_changed_and_removed_while_requests_run(pool: PoolProcess) -> None:
     bee, ant = ids(pool, "bee"), ids(pool, "ant")
+    removed = pool.log().count("state=removed")
 
     async def scenario() -> tuple[str, str]:
         begun = asyncio.Event()
@@ -101,18 +119,20 @@ def test_models_are_added_changed_and_removed_while_requests_run(pool: PoolProce
     assert new != bee and ids(pool, "b") == new and ids(pool, "dog") not in (new, bee, ant)
     names = [m["id"] for m in httpx.get(f"{pool.url}/v1/models").json()["data"]]
     assert set(names) == {"bee", "b", "dog"}
-    poll(lambda: pool.log().count("state=removed") == 2, 30, pool)
+    poll(lambda: pool.log().count("state=removed") == removed + 2, 30, pool)
     assert {m for m in _states(pool)} == {"bee", "dog"}
 
 
 def _states(pool: PoolProcess) -> dict[str, str]:
     unit = httpx.get(f"{pool.url}/weft/status").json()["pool"]["units"][0]
-    return {model["name"]: model["state"] for model in unit["status"]["models"]}
+    status = unit["status"] or {"models": []}  # it has not spoken yet
+    return {model["name"]: model["state"] for model in status["models"]}
 
 
 def test_places_of_removed_models_are_used_again(pool: PoolProcess) -> None:
     """More models come and go than there is room for, each with the answers it always gives."""
     first = {}
+    removed = pool.log().count("state=removed")
     for turn in range(6):
         name = ("cat", "dog")[turn % 2]
         pool.configure(models=[entry("ant"), entry(name)])
@@ -120,7 +140,7 @@ def test_places_of_removed_models_are_used_again(pool: PoolProcess) -> None:
         assert not report["failed"], report
         answer = ids(pool, name)
         assert first.setdefault(name, answer) == answer
-        gone = turn + 1
+        gone = removed + turn + 1
         poll(lambda gone=gone: pool.log().count("state=removed") == gone, 30, pool)
     assert first["cat"] != first["dog"]
 
@@ -205,19 +225,20 @@ def test_the_command_line_speaks_to_the_socket(pool: PoolProcess) -> None:
 
 
 def test_only_checkpoints_under_declared_roots_are_loaded_by_path(
-    pool: PoolProcess, tmp_path: Path
+    pool: PoolProcess, folder: Path
 ) -> None:
-    outside = str(tmp_path / "elsewhere" / "eel")
+    outside = str(folder / "elsewhere" / "eel")
     for path in (outside, "link", "../elsewhere/eel", "/etc", "roots/../../elsewhere/eel"):
         assert "admin.model_roots" in refused(pool, "load", model=path), path
     assert command(pool, "load", model="cat", wait_s=30)["state"] == "resident"
-    assert command(pool, "load", model=str(tmp_path / "roots" / "dog"), name="d", wait_s=30)
+    assert command(pool, "load", model=str(folder / "roots" / "dog"), name="d", wait_s=30)
     assert ids(pool, "cat") and ids(pool, "d")
-    assert "taken" in refused(pool, "load", model=str(tmp_path / "roots" / "dog"), name="ant")
+    assert "taken" in refused(pool, "load", model=str(folder / "roots" / "dog"), name="ant")
     assert sorted(command(pool, "reload")["removed"]) == ["cat", "d"], "the file is the truth"
 
 
 def test_drain_ends_the_server(pool: PoolProcess) -> None:
+    """The last one here."""
     assert command(pool, "drain")["draining"]
     assert pool.process.wait(30) == 0
     assert not pool.admin_socket.exists()
