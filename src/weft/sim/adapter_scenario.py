@@ -83,11 +83,13 @@ def _arrivals(
     for i in range(rng.randint(4, 24)):
         base, at_ns = rng.choice(bases), rng.randrange(span_ns)
         own = [one.name for one in adapters if one.base == base.name]
+        alike = rng.random() < 0.5
         request = Request(
             id=RequestId(i),
             model=base.name,
             adapter=rng.choice([None, *own, *own]),
-            prompt=tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 16))),
+            # Half of the prompts begin alike: a prefix cache must not mix adapters up.
+            prompt=tuple(i if alike else rng.randrange(VOCAB) for i in range(rng.randint(1, 16))),
             max_tokens=rng.randint(1, 16),
             priority=rng.choice([0, 0, 1]),
             arrival_ns=at_ns,
