@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,3 +54,18 @@ def test_no_file_is_too_long() -> None:
         if len(path.read_text(encoding="utf-8").splitlines()) > MAX_FILE_LINES
     ]
     assert not long
+
+
+def test_what_documents_point_to_is_there() -> None:
+    """Tests, results and pages named in README.md and docs exist."""
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    wrong = [
+        f"{document.relative_to(ROOT)}: {path}"
+        for document in documents
+        for path in re.findall(
+            r"`((?:tests|benchmarks|docs|demo|examples|scripts)/[\w./-]+)`",
+            document.read_text(encoding="utf-8"),
+        )
+        if not (ROOT / path).exists()
+    ]
+    assert not wrong
