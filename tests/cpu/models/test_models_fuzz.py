@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).resolve().parents[2]
+PATHS = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+
 
 def serve_hostile(folder: Path, first: int, count: int) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "support.hostile_main", str(folder / "m"), str(first), str(count)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS},
         capture_output=True,
         text=True,
         check=False,
