@@ -148,6 +148,7 @@ class CudaDevice:
         torch.zeros(1, device=self._device)
         self._context = check(self._cu.cuDevicePrimaryCtxRetain(self._device.index))
         self._prepared = threading.local()
+        self._ops: Ops | None = None
         self.prepare_thread()
 
     @property
@@ -177,7 +178,10 @@ class CudaDevice:
     def ops(self) -> Ops:
         from weft.kernels.elementwise import TritonOps
 
-        return TritonOps()
+        # One for all models: its scratch is of a stream, 9 MB that each of them would have again.
+        if self._ops is None:
+            self._ops = TritonOps()
+        return self._ops
 
     def lora(self) -> LoraOps:
         from weft.kernels.lora import TritonLora

@@ -36,19 +36,21 @@ MAX_GRAPHS = 512
 
 
 def buckets(max_rows: int) -> tuple[int, ...]:
-    """At most ten batch sizes, ascending; the last is max_rows."""
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128, 192, 256) if size < max_rows]
-    return (*sizes[-9:], max_rows)
+    """At most a dozen batch sizes, ascending; the last is max_rows."""
+    sizes = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512)
+    return (*(size for size in sizes if size < max_rows), max_rows)
 
 
-def bucket_of(plan: StepPlan, max_rows: int) -> int | None:
+def bucket_of(plan: StepPlan, unit: UnitSpec) -> int | None:
     """How many rows the step is filled up to; None where it is not only decode rows."""
     for row in plan.rows:
         if row.num_tokens != 1 or row.sample is None:
             return None
         if row.targets or row.embed is not None:
             return None
-    return next(size for size in buckets(max_rows) if size >= len(plan.rows))
+    # A decode row is a token too: buffers hold max_step_tokens of them.
+    most = min(unit.max_rows, unit.max_step_tokens)
+    return next(size for size in buckets(most) if size >= len(plan.rows))
 
 
 def fill_up(buffers: Buffers, rows: int, bucket: int) -> None:

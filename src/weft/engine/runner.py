@@ -110,7 +110,7 @@ class Runner:
         try:
             stage_rows(plan, buffers)
             if self._graphs is not None:
-                step.bucket = bucket_of(plan, self._unit.max_rows)
+                step.bucket = bucket_of(plan, self._unit)
                 if step.bucket is not None:
                     fill_up(buffers, len(plan.rows), step.bucket)
                     if lora is not None:

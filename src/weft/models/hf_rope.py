@@ -31,9 +31,9 @@ def read_rope(
     class allows. aliases: its other names for kinds. original: its default for
     `original_max_position_embeddings` beside the rope object, which then outranks one inside.
     """
-    part = reader.object(
-        "rope_parameters" if reader.raw.get("rope_parameters") is not None else "rope_scaling"
-    )
+    part = reader.object("rope_scaling")
+    if not part.raw:  # where both are there, transformers goes by the older one
+        part = reader.object("rope_parameters")
     for key in ("full_attention", "sliding_attention"):
         if key in part.raw:
             part.fail(key, "this class has one rotary embedding for all layers")

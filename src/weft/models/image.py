@@ -29,7 +29,7 @@ from weft.models.layout import (
     TensorEntry,
     image_layout,
 )
-from weft.models.names import expected_tensors, sources
+from weft.models.names import expected_tensors, sources, tensor_name
 from weft.models.quant_image import QuantPart, QuantWork, quant_modules, quant_parts
 from weft.models.quant_layout import is_quantized
 from weft.models.safetensors_file import Checkpoint, open_checkpoint
@@ -88,6 +88,26 @@ def check_tensors(checkpoint: Checkpoint, arch: Architecture) -> None:
             )
 
 
+def _check_tied(checkpoint: Checkpoint, arch: Architecture) -> None:
+    """A head of its own beside embeddings that config.json ties it to: transformers uses it where
+    it differs, and the image has no place for it. Raises WeftError then."""
+    embed, head = tensor_name(arch, "embed"), tensor_name(arch, "lm_head")
+    if not arch.tied_embeddings or head not in checkpoint.tensors:
+        return
+    ours, theirs = checkpoint.tensors[embed], checkpoint.tensors[head]
+    step = max(1, PIECE_BYTES // (ours.num_bytes // ours.shape[0]))
+    same = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) and all(
+        np.array_equal(*(checkpoint.rows(name, at, count) for name in (embed, head)))
+        for at in range(0, ours.shape[0], step)
+        for count in [min(step, ours.shape[0] - at)]
+    )
+    if not same:
+        raise WeftError(
+            f"{checkpoint.file_of(head)}: {head!r} differs from the embeddings, but config.json "
+            "ties them; set `tie_word_embeddings` to false in config.json"
+        )
+
+
 def image_key(path: Path, arch: Architecture) -> str:
     """Content address of the image: 64 hex digits of blake2b over the format version, `arch`, and
     every shard's name, size, modification time and header. Reads headers only."""
@@ -120,6 +140,7 @@ def build_image(
     if out.nbytes < layout.num_bytes:
         raise ValueError(f"the image needs {layout.num_bytes} bytes, got {out.nbytes}")
     check_tensors(checkpoint, arch)
+    _check_tied(checkpoint, arch)
     for module in quant_modules(checkpoint, arch).values():
         module.check_values()
     image = np.frombuffer(out, dtype=np.uint8, count=layout.num_bytes)

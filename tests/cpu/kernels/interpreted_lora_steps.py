@@ -68,3 +68,26 @@ def test_filled_up_decode_steps_with_adapters_draw_what_each_row_alone_draws(
         for request in requests:
             want = plain_run(engine, "a", request.prompt, 5, adapter=request.adapter)
             assert run.tokens[request.id] == list(want), request.adapter
+
+
+def test_steps_of_fewer_tokens_than_rows_are_filled_up_within_their_buffers(
+    tmp_path: Path,
+) -> None:
+    """engine.max_rows may be more than engine.max_step_tokens."""
+    models = tiny_models(tmp_path, {"a": {"layers": 1}}, page_tokens=16)
+    requests = [
+        Request(
+            id=RequestId(i), model=ModelName("a"), prompt=(3 + i,), max_tokens=5, ignore_eos=True
+        )
+        for i in range(5)
+    ]
+    unit = unit_for(models, max_rows=8, max_step_tokens=6)
+    with Engine(models, unit, make=CudaExecutor, device=InterpretedDevice(1)) as engine:
+        run = UnitRun(engine)
+        for request in requests:
+            run.request(request)
+        run.drain()
+    with Engine(models, unit) as engine:
+        for request in requests:
+            want = plain_run(engine, "a", request.prompt, 5)
+            assert run.tokens[request.id] == list(want)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from support.tiny import CLASSES, random_tensors, tiny_checkpoint, write_safeten
 from weft.core.errors import WeftError
 from weft.core.model import DTYPE_BYTES, Architecture, RopeSpec
 from weft.models import image as image_module
+from weft.models.convert import convert
 from weft.models.hf_config import read_model_config
 from weft.models.image import build_image, expected_tensors, image_key, image_layout
 from weft.models.safetensors_file import open_checkpoint
@@ -304,3 +306,22 @@ def test_a_shard_truncated_while_it_is_read_is_an_error_and_no_signal(
 
     with pytest.raises(WeftError, match="became shorter while it was read"):
         build(path, arch, threads=threads, progress=truncate)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_of_its_own_beside_tied_embeddings(tmp_path: Path, dtype: str) -> None:
+    """transformers uses a stored head where it differs: to leave it out would be another model."""
+    path = tiny_checkpoint(tmp_path, tied=True, dtype=dtype)
+    arch = read_model_config(path)
+    with open_checkpoint(path) as checkpoint:
+        tensors = {
+            name: convert(checkpoint.array(name), dtype, "float32") for name in checkpoint.tensors
+        }
+    head = tensors["model.embed_tokens.weight"].copy()
+    write_safetensors_model(path, tensors | {"lm_head.weight": head}, dtype=dtype)
+    build(path, arch)
+    head[-1, -1] += 1
+    write_safetensors_model(path, tensors | {"lm_head.weight": head}, dtype=dtype)
+    with pytest.raises(WeftError, match="set `tie_word_embeddings` to false"):
+        build(path, arch)
+    build(path, msgspec.structs.replace(arch, tied_embeddings=False))

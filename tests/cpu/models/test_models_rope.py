@@ -162,3 +162,17 @@ def test_edges_are_refused_and_never_divided_by(tmp_path: Path) -> None:
         read(tmp_path, {"rope_type": "yarn", "factor": 2.0}, "v4", 1.0)
     with pytest.raises(WeftError, match="more than two"):
         read(tmp_path, {"rope_type": "dynamic", "factor": 2.0}, "v4", 1e4, head_dim=2)
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "linear", "factor": 4.0}, {}])
+def test_of_two_spellings_the_one_transformers_goes_by(
+    tmp_path: Path, scaling: dict[str, Any]
+) -> None:
+    """Both are there where a v4 key was added by hand to what v5 has saved."""
+    both = {"rope_scaling": scaling, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    path = tiny_checkpoint(tmp_path, config_extra=both | {"rope_theta": 2e4})
+    model = PlainModel(path, dtype="float32")
+    prompt = [3, 5, 7, 9, 11, 13]
+    ours, logits = model.generate(prompt, 6)
+    theirs = oracle_logits(oracle(path), prompt + ours[:-1], len(prompt))
+    assert_same_answer(ours, logits, theirs, 2e-4)
