@@ -41,31 +41,81 @@ def jobs() -> list[tuple[str, list[int]]]:
     ]
 
 
+PROBATION = 2
+"""Deaths in a row without a token after which one more fails a request."""
+LOST = "state=lost"
+
+
+class Progress:
+    """What the clients saw of each stream, between the blows."""
+
+    def __init__(self, streams: int) -> None:
+        self.seen = 0
+        """Pieces of text, of all streams."""
+        self._bare = [0] * streams
+        """Per stream, blows since its last piece."""
+        self._open = set(range(streams))
+        self._news = asyncio.Event()
+
+    def arrived(self, stream: int) -> None:
+        self.seen += 1
+        self._bare[stream] = 0
+        self._news.set()
+
+    def ended(self, stream: int) -> None:
+        self._open.discard(stream)
+        self._news.set()
+
+    def struck(self) -> None:
+        """A worker died, and all that it had sent before has arrived."""
+        self._bare = [blows + 1 for blows in self._bare]
+
+    async def until(self, goal: int) -> None:
+        """So many pieces have come, and no open stream could be one death from failing: on a slow
+        machine a killer faster than the tokens would fail requests as the pool promises to."""
+        while self._open and (
+            self.seen < goal or any(self._bare[stream] >= PROBATION for stream in self._open)
+        ):
+            self._news.clear()
+            await self._news.wait()
+
+    @property
+    def over(self) -> bool:
+        return not self._open
+
+
 async def kill_during(
     pool: PoolProcess, kills: int, seed: int, body: dict[str, Any] = BODY
 ) -> list[str]:
     """All streams, with the worker killed `kills` times while they run."""
     rng = random.Random(seed)
-    seen = 0
+    progress = Progress(STREAMS)
+    before = pool.log().count(LOST)
 
-    async def one(client: Any, model: str, prompt: list[int]) -> str:
-        nonlocal seen
-        text = await stream_text(client, model, prompt, on_text=arrived, **body)
-        return text
-
-    def arrived() -> None:
-        nonlocal seen
-        seen += 1
+    async def one(client: Any, stream: int, model: str, prompt: list[int]) -> str:
+        try:
+            return await stream_text(
+                client, model, prompt, on_text=lambda: progress.arrived(stream), **body
+            )
+        finally:
+            progress.ended(stream)
 
     async with pool.client() as client:
-        streams = [asyncio.create_task(one(client, m, p)) for m, p in jobs()]
+        streams = [asyncio.create_task(one(client, i, *job)) for i, job in enumerate(jobs())]
         killed = 0
-        while killed < kills and not all(task.done() for task in streams):
+        while killed < kills and not progress.over:
             # A random amount of answer, counted from the last death, then the blow.
-            goal = seen + rng.randrange(1, STREAMS * TOKENS // (3 * kills))
-            while seen < goal and not all(task.done() for task in streams):
-                await asyncio.sleep(0.001)
-            killed += pool.kill_worker()
+            await progress.until(progress.seen + rng.randrange(1, STREAMS * TOKENS // (3 * kills)))
+            if not pool.kill_worker():
+                continue
+            killed += 1
+            noticed = before + killed
+            await asyncio.to_thread(
+                poll, lambda noticed=noticed: pool.log().count(LOST) >= noticed, 30.0, pool
+            )
+            # What the dead worker had sent is with its clients before an answer asked for now.
+            (await client.get("/weft/status")).raise_for_status()
+            progress.struck()
         texts = await asyncio.gather(*streams)
     assert killed == kills, "the streams ended before the last blow"
     return list(texts)
@@ -75,10 +125,11 @@ def nothing_is_held(pool: PoolProcess) -> bool:
     """The last report of the unit: no request, no KV page, no extent of the host store."""
     view = httpx.get(f"{pool.url}/weft/status").json()["pool"]
     (unit,) = view["units"]
-    status = unit["status"]
+    status = unit["status"]  # None: the last worker has just begun
     assert view["unfinished"] == 0
     return (
-        status["waiting"] == 0
+        status is not None
+        and status["waiting"] == 0
         and status["host_used_bytes"] == 0
         and all(model["kv_pages_used"] == 0 for model in status["models"])
     )
