@@ -108,10 +108,6 @@ def _from_choices(choices: object) -> str:
         raise WeftError(f"choices are a list of 1 .. {MAX_CHOICES} strings")
     if not all(isinstance(choice, str) and choice for choice in choices):
         raise WeftError("every choice is a string of at least one character")
-    try:
-        "".join(choices).encode()
-    except UnicodeEncodeError:
-        raise WeftError("a choice has a lone surrogate, which is no character") from None
     literals = (json.dumps(choice, ensure_ascii=False) for choice in choices)
     return "start: " + " | ".join(literals)
 
@@ -121,9 +117,12 @@ def _parse_json(text: str, what: str) -> object:
     try:
         value: object = json.loads(text, parse_constant=_no_constant)
         _check_depth(value, what)
-        text.encode()
+        # Escapes can spell what is no character, and 1e999 is no number.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except RecursionError:
         raise WeftError(f"{what} is nested deeper than {MAX_DEPTH} levels") from None
+    except UnicodeEncodeError:
+        raise WeftError(f"{what} has a lone surrogate, which is no character") from None
     except ValueError as error:
         raise WeftError(f"{what} is not valid JSON: {error}") from None
     return value

@@ -1,6 +1,7 @@
 """Log probabilities in the three shapes clients know: completions', chat's, and vLLM's
 `prompt_logprobs`."""
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,33 +44,41 @@ class CompletionLogprobs:
     def __init__(self, namer: Namer) -> None:
         self._namer = namer
         self._offset = 0
+        """Characters of the text so far. One in several tokens begins where the first of them
+        does."""
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def first(self, token: int) -> dict[str, Any]:
-        """The echoed prompt's first token, whose probability nothing precedes."""
-        return self._entry([(self._namer.unique(token), len(self._namer.plain(token)), None, None)])
+    def first(self, token: int, text: str) -> dict[str, Any]:
+        """The first token of the echoed prompt `text`, whose probability nothing precedes. What a
+        tokenizer puts in front is not in the text."""
+        own = bytes(self._namer.bytes(token)).lstrip()
+        in_text = text.encode().lstrip().startswith(own)
+        return self._entry([(token, None, None)], in_text=in_text)
 
     def push(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        rows: list[tuple[str, int, float | None, dict[str, float] | None]] = []
+        rows: list[tuple[int, float | None, dict[str, float] | None]] = []
         for entry in entries:
             tops: dict[str, float] = {}
             for token, logprob in (*entry.top, (entry.token, entry.logprob)):
                 tops.setdefault(self._namer.unique(token), _number(logprob))
-            name = self._namer.unique(entry.token)
-            length = len(self._namer.plain(entry.token))
-            rows.append((name, length, _number(entry.logprob), tops))
+            rows.append((entry.token, _number(entry.logprob), tops))
         return self._entry(rows)
 
     def _entry(
-        self, rows: Sequence[tuple[str, int, float | None, dict[str, float] | None]]
+        self,
+        rows: Sequence[tuple[int, float | None, dict[str, float] | None]],
+        *,
+        in_text: bool = True,
     ) -> dict[str, Any]:
         offsets: list[int] = []
-        for _, length, _, _ in rows:
+        for token, _, _ in rows:
             offsets.append(self._offset)
-            self._offset += length
+            if in_text:
+                self._offset += len(self._utf8.decode(bytes(self._namer.bytes(token))))
         return {
-            "tokens": [row[0] for row in rows],
-            "token_logprobs": [row[2] for row in rows],
-            "top_logprobs": [row[3] for row in rows],
+            "tokens": [self._namer.unique(row[0]) for row in rows],
+            "token_logprobs": [row[1] for row in rows],
+            "top_logprobs": [row[2] for row in rows],
             "text_offset": offsets,
         }
 

@@ -1,15 +1,15 @@
 """A conversation as clients send it: messages, function definitions, documents; and as chat
 templates know it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
-from weft.server.errors import bad_request
+from weft.server.bodies import check_json_shape
+from weft.server.errors import ApiError, bad_request
 from weft.server.fields import (
     CLOSED,
     MAX_DESCRIPTION_CHARS,
@@ -46,8 +46,11 @@ class ToolCall(Strict):
     def plain(self, where: str) -> dict[str, Any]:
         """With the arguments as an object, as templates want them. Raises ApiError 400."""
         try:
-            arguments = json.loads(self.function.arguments or "{}")
-        except (ValueError, RecursionError):
+            # As strict as bodies are: no lone surrogates, no NaN, no depth without end.
+            text = (self.function.arguments or "{}").encode()
+            check_json_shape(text)
+            arguments = from_json(text, allow_inf_nan=False)
+        except (ValueError, ApiError):
             arguments = None
         if not isinstance(arguments, dict):
             raise bad_request(

@@ -54,10 +54,14 @@ class _Process:
             self.kill()
             raise
 
-    def render(self, job: Job) -> Rendered:
+    @property
+    def is_dead(self) -> bool:
+        return self._child.poll() is not None
+
+    def render(self, job: bytes, limit_s: float) -> Rendered:
         """Raises _Stuck; the process has then to be killed."""
-        deadline_s = time.monotonic() + job.limit_s + GRACE_S
-        data = memoryview(frame(msgspec.msgpack.encode(job)))
+        deadline_s = time.monotonic() + limit_s + GRACE_S
+        data = memoryview(frame(job))
         assert self._child.stdin is not None
         try:
             while data:  # an idle child reads all of it
@@ -103,15 +107,24 @@ class RenderProcesses:
 
     def render(self, job: Job) -> str:
         """Raises TemplateFailure."""
+        try:
+            data = msgspec.msgpack.encode(job)
+        except OverflowError:
+            raise TemplateFailure(
+                "the chat template can only be given whole numbers of at most 64 bits"
+            ) from None
         with self._free:
             with self._lock:
                 process = self._idle.pop() if self._idle else None
+            if process is not None and process.is_dead:  # nobody's fault: killed while it waited
+                process.kill()
+                process = None
             try:
                 process = process or _Process()
             except (OSError, _Stuck):
                 raise TemplateFailure("no process for chat templates can be started") from None
             try:
-                rendered = process.render(job)
+                rendered = process.render(data, job.limit_s)
             except _Stuck:
                 process.kill()
                 raise TemplateFailure(

@@ -140,8 +140,8 @@ class TextModel:
         ids = self._guard.encode(
             text,
             mark,
-            lambda piece: tokenizer.encode(piece, add_special_tokens=False).ids,
-            lambda piece: plain.encode(piece, add_special_tokens=False).ids,
+            lambda piece: _ids(tokenizer, piece),
+            lambda piece: _ids(plain, piece),
         )
         if adds:
             ids = [*tokenizer.encode("", add_special_tokens=True).ids, *ids]
@@ -207,9 +207,8 @@ class TextModel:
 
     def _encode(self, text: str, *, add_special_tokens: bool, param: str) -> tuple[int, ...]:
         tokenizer, _ = self._tokenizers(param, plain=False)
-        return self._checked(
-            tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids), param
-        )
+        ids = _ids(tokenizer, text, add_special_tokens=add_special_tokens)
+        return self._checked(tuple(ids), param)
 
     def _tokenizers(self, param: str, *, plain: bool = True) -> tuple[Tokenizer, Tokenizer]:
         """The tokenizer, and one to which special tokens are plain text, read when it is first
@@ -239,6 +238,14 @@ class TextModel:
                 param=param,
             )
         return ids
+
+
+def _ids(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """As a batch of one: `encode` keeps Python's lock, a second for a megabyte, in which the event
+    loop would stand still."""
+    (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def _size(value: Any) -> int:

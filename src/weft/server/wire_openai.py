@@ -99,7 +99,7 @@ class CompletionWriter(_OpenAIWriter):
         if first and self._form.echo is not None:
             prompt, first_id = self._form.echo[choice.index]
             text = prompt + text
-            parts = [logprobs.first(first_id), logprobs.push(piece.prompt_logprobs)]
+            parts = [logprobs.first(first_id, prompt), logprobs.push(piece.prompt_logprobs)]
         entry: dict[str, Any] = {"index": choice.index, "text": text, "logprobs": None}
         if self._form.logprobs:
             entry["logprobs"] = joined([*parts, logprobs.push(piece.logprobs)])

@@ -36,6 +36,8 @@ GOOD = [
 BAD = [
     (schema("{"), "the JSON Schema is not valid JSON"),
     (schema("[]"), "is an object, or true"),
+    (schema('{"const": "\\ud800"}'), "lone surrogate"),
+    (schema('{"maximum": 1e999}'), "not JSON compliant"),
     (schema("NaN"), "NaN is not a number"),
     (schema({"type": "thing"}), "Invalid type: thing"),
     (schema({"type": "array", "contains": {"type": "null"}}), 'Unimplemented keys: \\["contains"'),

@@ -163,6 +163,26 @@ CHATS: list[tuple[str, Any, int, str | None]] = [
         400,
         "messages[0].tool_calls[0].function.arguments",
     ),
+    *(
+        (
+            f"arguments in the history with {what}",
+            {**CHAT, "messages": [called(arguments)]},
+            400,
+            "messages[0].tool_calls[0].function.arguments",
+        )
+        for what, arguments in {
+            "half a character": '{"a": "\\ud800"}',
+            "no number": '{"a": NaN}',
+            "depth without end": '{"a":' + "[" * 900 + "]" * 900 + "}",
+        }.items()
+    ),
+    (
+        "a schema with half a character",
+        {**CHAT, "guided_json": '{"const": "\\ud800"}'},
+        400,
+        "guided_json",
+    ),
+    ("a schema with no number", {**CHAT, "guided_json": '{"maximum": 1e999}'}, 400, "guided_json"),
     ("a template's own word", {**CHAT, "chat_template_kwargs": {"messages": "x"}}, 400, None),
     ("a template's list", {**CHAT, "chat_template_kwargs": {"x": [1]}}, 400, None),
     ("a format unknown", {**CHAT, "response_format": {"type": "xml"}}, 400, "response_format"),

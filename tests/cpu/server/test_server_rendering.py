@@ -53,6 +53,27 @@ def test_it_renders_as_the_plain_template_does(processes: RenderProcesses) -> No
     assert rendered == "1None[None]True"
 
 
+def test_a_number_too_large_to_send_is_refused_and_costs_no_process() -> None:
+    processes = RenderProcesses(limit=1)
+    own = template("{{ x }}", processes, limit_s=10.0)
+    with pytest.raises(TemplateFailure, match="64 bits"):
+        own.render(CHAT, args={"x": 1 << 64})
+    assert not processes._idle
+    assert own.render(CHAT, args={"x": (1 << 64) - 1}) == str((1 << 64) - 1)
+    processes.close()
+
+
+def test_a_process_that_was_killed_while_it_waited_is_nobodys_fault() -> None:
+    processes = RenderProcesses(limit=1)
+    own = template("{{ x }}", processes, limit_s=10.0)
+    assert own.render(CHAT, args={"x": 1}) == "1"
+    (waiting,) = processes._idle
+    waiting._child.kill()
+    waiting._child.wait()
+    assert own.render(CHAT, args={"x": 2}) == "2"
+    processes.close()
+
+
 ENDLESS = {
     "loops that call nothing": (
         "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% for c in r %}"

@@ -162,6 +162,25 @@ def test_completion_logprobs(folder: Path, stream: bool, per_chunk: int) -> None
         assert 2 <= len(top) <= 3
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("per_chunk", [1, 20])
+def test_offsets_are_those_of_the_text_also_behind_characters_in_several_tokens(
+    folder: Path, per_chunk: int, as_ids: bool
+) -> None:
+    hub = hub_of(folder, "né🙂o, hello", per_chunk=per_chunk)
+    fields = {"logprobs": 0, "echo": True, "return_tokens_as_token_ids": as_ids}
+    choice = post(hub, TEXT, prompt="é a", **fields).json()["choices"][0]
+    text = choice["text"]
+    assert text == "é ané🙂o, hello"
+    ids = [*tokens_of(folder, "é a"), *tokens_of(folder, "né🙂o, hello")]
+    names = TokenNames(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    at = 0
+    for token, offset in zip(ids, choice["logprobs"]["text_offset"], strict=True):
+        assert offset == len(text.encode()[:at].decode(errors="ignore")), token
+        at += len(names.bytes(token))
+    assert at == len(text.encode())
+
+
 @pytest.mark.parametrize("max_tokens", [0, 1])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_is_scored_as_harnesses_do(folder: Path, max_tokens: int, stream: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from weft.core.request import Grammar
+from weft.server.errors import bad_request
 from weft.server.messages import Conversation
 from weft.server.tools.deltas import Reader
 from weft.server.tools.readers import CallForm, CallReader, short_call_id
@@ -168,4 +169,10 @@ def _call_schema(form: CallForm, function: Mapping[str, Any]) -> str:
 
 
 def _compact(value: object) -> str:
-    return json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    """Raises ApiError 400."""
+    try:
+        return json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        raise bad_request(
+            "`tools` holds a number that is too large for JSON", param="tools", code="invalid_value"
+        ) from None
