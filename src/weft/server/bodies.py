@@ -13,6 +13,8 @@ from weft.server.visit import Visit
 LEAST_BUDGET_BYTES = 256 << 20
 MAX_DEPTH = 64
 MAX_CONTAINERS = 1 << 16
+MAX_MEMBERS = 1 << 16
+"""Of all objects together: a schema complains of every unknown one before anybody is told."""
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 """Possessive: linear in whatever is sent. A string without its end reaches to the end."""
 _NO_BRACKETS = bytes(sorted(set(range(256)) - set(b"[]{}")))
@@ -52,18 +54,20 @@ class Bodies:
 
 
 def check_json_shape(body: bytes) -> None:
-    """Bounds depth and number of lists and objects before any of them is made: two bytes of JSON
-    can take a hundred of memory. Raises ApiError 400."""
-    brackets = _STRINGS.sub(b"", body).translate(None, _NO_BRACKETS)
+    """Bounds depth and number of lists, objects and members before any of them is made: two bytes
+    of JSON can take a hundred of memory. Raises ApiError 400."""
+    bare = _STRINGS.sub(b"", body)
+    brackets = bare.translate(None, _NO_BRACKETS)
     containers = brackets.count(b"[") + brackets.count(b"{")
+    members = bare.count(b":")
     depth = deepest = 0
     if containers <= MAX_CONTAINERS:
         for bracket in brackets:
             depth += 1 if bracket in b"[{" else -1
             deepest = max(deepest, depth)
-    if containers > MAX_CONTAINERS or deepest > MAX_DEPTH:
+    if containers > MAX_CONTAINERS or members > MAX_MEMBERS or deepest > MAX_DEPTH:
         raise bad_request(
-            f"the body has more than {MAX_CONTAINERS} lists and objects or is nested deeper than "
-            f"{MAX_DEPTH}",
+            f"the body has more than {MAX_CONTAINERS} lists and objects, or more than "
+            f"{MAX_MEMBERS} members of objects, or is nested deeper than {MAX_DEPTH}",
             code="invalid_json",
         )

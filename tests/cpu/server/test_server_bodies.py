@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message
 
-from weft.server.bodies import MAX_CONTAINERS, MAX_DEPTH, Bodies, check_json_shape
+from weft.server.bodies import MAX_CONTAINERS, MAX_DEPTH, MAX_MEMBERS, Bodies, check_json_shape
 from weft.server.errors import ApiError
 from weft.server.visit import Visit
 
@@ -26,6 +26,7 @@ def nested(depth: int) -> bytes:
         json.dumps({"text": "[{" * 100_000}).encode(),
         json.dumps({"text": '\\"[' * 100_000}).encode(),
         b'"' + b"[" * 1000,
+        b"{" + b'"a:":1,' * (MAX_MEMBERS - 1) + b'"a":1}',
         b"]]]]",
     ],
 )
@@ -40,6 +41,7 @@ def test_a_shape_within_the_bounds_is_left_to_the_parser(body: bytes) -> None:
         nested(1_000_000),
         b'{"a":' * 100_000,
         b"[" + b"{}," * MAX_CONTAINERS + b"{}]",
+        b"{" + b'"a":1,' * MAX_MEMBERS + b'"a":1}',
         b'"' + b"\\" * 7 + b'"' + nested(MAX_DEPTH + 1)[: MAX_DEPTH + 1] + b'"' + nested(200),
     ],
 )
