@@ -209,8 +209,14 @@ class Conversing(Strict):
         check_names([tool.function.name for tool in self.tools or ()])
         return self
 
+    def argument_chars(self) -> int:
+        """Of the JSON texts that `conversation` parses."""
+        calls = [call for message in self.messages or () for call in message.tool_calls or ()]
+        return sum(len(call.function.arguments) for call in calls)
+
     def conversation(self) -> "Conversation":
-        """Raises ApiError 400."""
+        """For threads of the text service, once `argument_chars` are few enough. Raises ApiError
+        400."""
         messages = self.messages or []
         documents = [document.model_dump(exclude_none=True) for document in self.documents or ()]
         return Conversation(

@@ -76,11 +76,12 @@ async def plan_chat(asker: Asker, request: ChatRequest) -> Plan:
     """Raises ApiError."""
     card = find_model(asker.hub, request.model)
     text = await asker.texts.model(card)
-    talk = request.conversation()
-    ways = ways_of(request.tool_choice, request.parallel_tool_calls, talk.tools)
+    text.check_chars(request.argument_chars(), "messages")
     wish = grammar_of(request)
 
     def prepare() -> Setting:
+        talk = request.conversation()
+        ways = ways_of(request.tool_choice, request.parallel_tool_calls, talk.tools)
         return set_up(text, talk, ways, wish)
 
     setting = await asker.texts.run(card.name, prepare)

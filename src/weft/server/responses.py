@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, Tag, model_validator
 
-from weft.core.request import Grammar
+from weft.core.request import Grammar, Sampling
 from weft.hub.base import NewRequest
 from weft.server.body import unsupported
 from weft.server.chat import Setting, set_up, ways_of
@@ -208,16 +208,19 @@ async def plan_response(asker: Asker, request: ResponseRequest) -> Plan:
         raise unsupported("previous_response_id", "send the whole conversation as input")
     card = find_model(asker.hub, request.model)
     text = await asker.texts.model(card)
-    talk = conversation(request)
+    items = [] if isinstance(request.input, str) else request.input
+    calls = [item for item in items if isinstance(item, CallItem)]
+    text.check_chars(sum(len(call.arguments) for call in calls), "input")
     choice = request.tool_choice
     named = choice
     if isinstance(choice, FlatChoice):
         named = NamedTool(type="function", function=NamedFunction(name=choice.name))
     assert not isinstance(named, FlatChoice)
-    ways = ways_of(named, request.parallel_tool_calls, talk.tools)
     wish = _wish(request)
 
     def prepare() -> Setting:
+        talk = conversation(request)
+        ways = ways_of(named, request.parallel_tool_calls, talk.tools)
         return set_up(text, talk, ways, wish)
 
     setting = await asker.texts.run(card.name, prepare)
@@ -235,9 +238,7 @@ async def plan_response(asker: Asker, request: ResponseRequest) -> Plan:
         card=card,
         requests=(new,),
         decode=setting.decode,
-        writer=partial(
-            ResponseWriter, _told(request, card.name, sampling.temperature), setting.reader
-        ),
+        writer=partial(ResponseWriter, _told(request, card.name, sampling), setting.reader),
         stream=bool(request.stream),
     )
 
@@ -311,7 +312,7 @@ def _text_of(content: str | Sequence[InputText | OutputText]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
-def _told(request: ResponseRequest, model: str, temperature: float) -> dict[str, Any]:
+def _told(request: ResponseRequest, model: str, sampling: Sampling) -> dict[str, Any]:
     """What the answer repeats of the request."""
     form = request.text.format if request.text is not None else None
     choice = request.tool_choice
@@ -322,7 +323,7 @@ def _told(request: ResponseRequest, model: str, temperature: float) -> dict[str,
         "max_output_tokens": request.max_output_tokens,
         "metadata": request.metadata or {},
         "parallel_tool_calls": request.parallel_tool_calls is not False,
-        "temperature": temperature,
+        "temperature": sampling.temperature,
         "text": {
             "format": {"type": "text"}
             if form is None
@@ -332,5 +333,5 @@ def _told(request: ResponseRequest, model: str, temperature: float) -> dict[str,
         "tools": [
             tool.model_dump() | {"strict": bool(tool.strict)} for tool in request.tools or ()
         ],
-        "top_p": 1.0 if request.top_p is None else request.top_p,
+        "top_p": sampling.top_p,
     }

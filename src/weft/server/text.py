@@ -113,7 +113,7 @@ class TextModel:
         if talk.tools and self.family.instructs:
             talk = instructed(talk)
         given = (talk.messages, talk.tools, talk.documents, talk.args)
-        self._check_chars(sum(_size(part) for part in given), "messages")
+        self.check_chars(sum(_size(part) for part in given), "messages")
         try:
             (messages, tools, documents, args), mark = self._guard.mark(
                 [list(talk.messages), list(talk.tools), list(talk.documents), talk.args]
@@ -152,7 +152,7 @@ class TextModel:
     ) -> tuple[int, ...]:
         """Tokenises a completion's prompt, with the special tokens the tokenizer adds to a text.
         Raises ApiError."""
-        self._check_chars(len(text), param)
+        self.check_chars(len(text), param)
         return self._encode(text, add_special_tokens=add_special_tokens, param=param)
 
     def decode(self, ids: list[int]) -> str:
@@ -196,7 +196,8 @@ class TextModel:
         """The bytes that the token adds to a text."""
         return self._names.bytes(token)
 
-    def _check_chars(self, size: int, param: str) -> None:
+    def check_chars(self, size: int, param: str) -> None:
+        """Raises ApiError 400 for more characters than the context may hold."""
         if size > self.max_chars:
             raise bad_request(
                 f"{param} has {size} characters; model {self.name!r} takes at most "

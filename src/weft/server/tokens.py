@@ -47,6 +47,7 @@ async def tokenize(asker: Asker, request: TokenizeRequest) -> dict[str, Any]:
         if request.prompt is not None:
             ids = text.encode_prompt(request.prompt, add_special_tokens=adds is not False)
         else:
+            text.check_chars(request.argument_chars(), "messages")
             ids, _ = text.encode_chat(request.conversation(), add_special_tokens=adds is True)
         strings = [text.token_text(i) for i in ids] if request.return_token_strs else None
         return {

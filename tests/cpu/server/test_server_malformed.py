@@ -177,6 +177,12 @@ CHATS: list[tuple[str, Any, int, str | None]] = [
         }.items()
     ),
     (
+        "arguments in the history that are longer than the context",
+        {**CHAT, "messages": [called('{"a":[' + "{}," * 3000 + "{}]}")]},
+        400,
+        "messages",
+    ),
+    (
         "a schema with half a character",
         {**CHAT, "guided_json": '{"const": "\\ud800"}'},
         400,

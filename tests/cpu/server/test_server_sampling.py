@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from support.fake_hub import FakeHub, card, logprob_of, obliging, tokens_of
 from support.live import asgi_client
 from support.tiny import write_tokenizer
-from weft.core.request import Grammar, TokenLogprobs
+from weft.core.request import Grammar, SamplingDefaults, TokenLogprobs
 from weft.hub.base import Chunk
 from weft.server.names import TokenNames
 from weft.server.plan import choice_seed
@@ -325,3 +325,11 @@ def test_a_token_of_a_sentencepiece_vocabulary_has_its_space_and_its_byte() -> N
     names = TokenNames(tokenizer)
     assert (names.text(1), names.bytes(1)) == (" the", b" the")
     assert names.bytes(2) == b"\xe2"
+
+
+def test_a_response_repeats_what_is_drawn_with(folder: Path) -> None:
+    own = SamplingDefaults(temperature=0.3, top_p=0.5)
+    hub = FakeHub([card("m", folder, defaults=own)], obliging(tokens_of(folder, "hello")))
+    told = post(hub, "/v1/responses", input="hi").json()
+    drawn = hub.opened[0].sampling
+    assert (told["temperature"], told["top_p"]) == (drawn.temperature, drawn.top_p) == (0.3, 0.5)
