@@ -192,6 +192,8 @@ def test_sighup_and_a_watched_file_reload(pool: PoolProcess) -> None:
 
 def test_load_unload_and_pin(pool: PoolProcess) -> None:
     assert command(pool, "load", model="bee", wait_s=30)["state"] == "resident"
+    again = command(pool, "load", model="bee", wait_s=30)
+    assert again["state"] == "resident" and again["seconds"] < 30, "waited for no report"
     assert command(pool, "unload", model="bee", wait_s=30)["state"] == "absent"
     assert ids(pool, "bee")
     poll(lambda: state(pool, "bee") == "resident", 10, pool)

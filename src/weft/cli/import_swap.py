@@ -26,7 +26,14 @@ _DROPPED = {
     "unlisted": "every model is listed",
     "metadata": "",
 }
-_TOP_DROPPED = ("healthCheckTimeout", "logLevel", "startPort", "sendLoadingState", "apiKeys")
+_TOP_DROPPED = {
+    "healthCheckTimeout": "weft knows when a model is ready",
+    "logLevel": "has no counterpart",
+    "startPort": "weft starts no process for a model",
+    "sendLoadingState": "a stream that waits gets comments",
+    "apiKeys": "use server.keys, which holds hashes: `weft key hash` prints that of a key",
+    "matrix": "weft decides by room who runs beside whom",
+}
 
 
 def convert(text: str, source: str) -> tuple[dict[str, Any], list[str]]:
@@ -50,7 +57,7 @@ def convert(text: str, source: str) -> tuple[dict[str, Any], list[str]]:
         if "ttl" not in entry and isinstance(raw.get("globalTTL"), int) and raw["globalTTL"] > 0:
             model["keep_alive_s"] = raw["globalTTL"]
         models.append(model)
-    notes += [f"{key}: has no counterpart" for key in _TOP_DROPPED if key in raw]
+    notes += [f"{key}: {why}" for key, why in _TOP_DROPPED.items() if key in raw]
     if isinstance(raw.get("groups"), dict):
         notes.append("groups: weft decides by room who runs beside whom; only persistent is kept")
     if not models:
@@ -63,7 +70,8 @@ def convert(text: str, source: str) -> tuple[dict[str, Any], list[str]]:
 def render(config: dict[str, Any], notes: list[str], source: str) -> str:
     """pool.yaml with what to look at as comments."""
     head = [f"# Converted from {source}. Check the paths: weft reads Hugging Face folders.", "#"]
-    head += [f"# not carried over: {note}" for note in notes]
+    # On one line, whatever the file has for names: nothing may leave its comment.
+    head += [f"# not carried over: {' '.join(note.split())}" for note in notes]
     body = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
     return "\n".join([*head, "", body])
 

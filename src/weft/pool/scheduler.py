@@ -277,17 +277,15 @@ class PoolScheduler:
             self._out.append(UnloadAt(unit=unit.id, incarnation=unit.incarnation, model=model))
 
     def _warm_wished(self) -> None:
-        """One unit a model: the one with the most room, unless it is somewhere already."""
+        """One unit a model: where it is already, else the one with the most room. A unit that has
+        it is told, too: who wished waits for its next report."""
         for model in list(self._wished):
             if model in self._failed or model not in self._models:
                 del self._wished[model]
             elif units := self._units_with(model):
                 del self._wished[model]
-                if not any(unit.resident(model) for unit in units):
-                    unit = max(units, key=lambda u: (u.free_granules, -u.id))
-                    self._out.append(
-                        WarmAt(unit=unit.id, incarnation=unit.incarnation, model=model)
-                    )
+                unit = max(units, key=lambda u: (u.resident(model), u.free_granules, -u.id))
+                self._out.append(WarmAt(unit=unit.id, incarnation=unit.incarnation, model=model))
 
     def _retire(self) -> None:
         """Removed models leave the units after their last request, and are gone when no unit that

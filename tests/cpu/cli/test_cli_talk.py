@@ -136,6 +136,15 @@ def test_llama_swap_is_converted(tmp_path: Path) -> None:
         assert f"# not carried over: {said}" in result.output, said
 
 
+def test_no_name_leaves_its_comment() -> None:
+    models = {"a\nadmin:\n  port: 1": {"cmd": "echo"}, "b": {"cmd": "x --model /b"}}
+    text = yaml.safe_dump({"models": models, "matrix": {}})
+    config, notes = import_swap.convert(text, "test")
+    written = import_swap.render(config, notes, "test")
+    assert yaml.safe_load(written) == {"models": [{"name": "b", "path": "/b"}]}
+    assert "# not carried over: matrix" in written
+
+
 def test_nothing_of_the_file_is_executed(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     cmd = f"$(touch {mark}) `touch {mark}` ; touch {mark} ; x --model /m"

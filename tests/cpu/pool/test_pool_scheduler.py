@@ -21,6 +21,7 @@ from weft.pool.actions import (
     SubmitTo,
     UnassignFrom,
     WakeAt,
+    WarmAt,
 )
 from weft.pool.scheduler import PoolScheduler
 from weft.pool.units import NS, Limits
@@ -434,6 +435,14 @@ def test_a_last_token_without_an_end_ends_at_the_length() -> None:
     pool.new(1, max_tokens=2)
     pool.emit(1, 5, 6)
     assert only(pool.lost(), Reply) == Reply(request=RequestId(1), finish="length")
+
+
+def test_a_wish_goes_to_where_the_model_is_so_that_its_unit_reports() -> None:
+    pool = Pool(units=2)
+    report = status(models=(model_status("m", "resident"),))
+    pool.do(ev.UnitReport(unit=1, incarnation=1, status=report))
+    told = only(pool.do(ev.WarmModel(model=ModelName("m"))), WarmAt)
+    assert told == WarmAt(unit=1, incarnation=1, model=ModelName("m"))
 
 
 def test_dispatch_counts_at_once_and_prefers_where_the_model_is() -> None:

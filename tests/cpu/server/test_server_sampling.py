@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
@@ -329,7 +330,8 @@ def test_a_token_of_a_sentencepiece_vocabulary_has_its_space_and_its_byte() -> N
 
 def test_a_response_repeats_what_is_drawn_with(folder: Path) -> None:
     own = SamplingDefaults(temperature=0.3, top_p=0.5)
-    hub = FakeHub([card("m", folder, defaults=own)], obliging(tokens_of(folder, "hello")))
+    own_card = msgspec.structs.replace(card("m", folder), defaults=own)
+    hub = FakeHub([own_card], obliging(tokens_of(folder, "hello")))
     told = post(hub, "/v1/responses", input="hi").json()
     drawn = hub.opened[0].sampling
     assert (told["temperature"], told["top_p"]) == (drawn.temperature, drawn.top_p) == (0.3, 0.5)
