@@ -164,7 +164,8 @@ def decode_attention(
         splits,
         Q_HEADS=num_q_heads,
         HEAD_DIM=head_dim,
-        BLOCK_S=triton.next_power_of_2(splits),
+        # Two kernels to compile instead of one for each power of two.
+        BLOCK_S=16 if splits <= 16 else MAX_SPLITS,
         BLOCK_D=block_d,
         HAS_LSE=lse is not None,
         num_warps=4,
