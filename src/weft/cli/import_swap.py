@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from weft.config.pool_config import MAX_CONFIG_BYTES, make_pool_config
+from weft.config.values import check_values
 from weft.core.errors import WeftError
 
 _PATH_FLAGS = ("--model", "-m", "--model-path")
@@ -85,6 +86,7 @@ def _read(text: str, source: str) -> dict[str, Any]:
         raise WeftError(f"{source}: not YAML: {error}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("models"), dict):
         raise WeftError(f"{source}: no `models:` with an entry a model; is it llama-swap's?")
+    check_values(raw, source)
     return raw
 
 

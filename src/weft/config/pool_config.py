@@ -16,7 +16,7 @@ import yaml
 
 from weft.config.server_config import ServerConfig as ServerConfig
 from weft.config.server_config import check_server
-from weft.config.values import parse_bytes, with_durations
+from weft.config.values import check_values, parse_bytes, with_durations
 from weft.core.errors import WeftError
 from weft.core.model import DType
 from weft.core.request import Pooling, SamplingDefaults
@@ -162,6 +162,7 @@ def parse_pool_config(text: str, *, source: str = "pool.yaml") -> PoolConfig:
 
 def make_pool_config(raw: dict[str, Any], *, source: str) -> PoolConfig:
     """The same from plain values. Raises WeftError with the path of the first thing wrong."""
+    check_values(raw, source)
     try:
         config = msgspec.convert(with_durations(raw), PoolConfig)
     except (msgspec.ValidationError, RecursionError) as error:

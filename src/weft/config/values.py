@@ -11,6 +11,8 @@ _DURATION = r"(\d+(?:\.\d+)?)(ms|s|m|h|d)"
 DURATION_PATTERN = f"^{_DURATION}+$".replace("(", "(?:")
 MAX_TEXT = 64
 MAX_DEPTH = 32
+MAX_VALUES = 1 << 20
+"""Of one file, each counted wherever an alias of YAML repeats it."""
 
 
 def parse_bytes(text: str) -> int:
@@ -31,6 +33,24 @@ def parse_duration(text: str) -> float:
             f"not a duration: {text[:40]!r}; write a number and ms, s, m, h or d, such as 10m"
         )
     return sum(float(n) * _SECONDS[unit] for n, unit in re.findall(_DURATION, compact))
+
+
+def check_values(raw: Any, source: str) -> None:
+    """Raises WeftError for values that a few lines of aliases multiply without end, and for texts
+    with a zero character, which no path can hold."""
+    left = MAX_VALUES
+    stack = [raw]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str) and "\0" in value:
+            raise WeftError(f"{source}: {value[:40]!r} has a zero character; leave it out")
+        if isinstance(value, dict | list):
+            left -= len(value)
+            if left < 0:
+                raise WeftError(
+                    f"{source}: its aliases make more than {MAX_VALUES} values; write them out"
+                )
+            stack.extend(value.values() if isinstance(value, dict) else value)
 
 
 def with_durations(raw: Any, path: str = "$", depth: int = 0) -> Any:

@@ -125,6 +125,8 @@ class PoolOperator:
     async def _add(self, command: ModelCommand) -> ModelCard:
         """A checkpoint under one of the declared roots becomes a model."""
         asked = command.model
+        if "\0" in asked:
+            raise WeftError("no path has a zero character")
         if "/" not in asked and not any((root / asked).is_dir() for root in self._roots):
             return self._find(asked)
         path = self._under_roots(asked)

@@ -59,7 +59,9 @@ async def _reload(operator: PoolOperator) -> None:
     try:
         await operator.reload()
     except WeftError as error:
-        log.error("reload=refused nothing changed: %s", error)
+        log.error("reload=refused nothing changed: %s", " ".join(str(error).split()))
+    except Exception:  # the file is watched on: the next change may mend it
+        log.exception("reload=failed")
 
 
 def _stamp(file: Path) -> Stamp:

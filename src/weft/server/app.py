@@ -56,6 +56,7 @@ def create_app(
     """
     keys = KeyRing.load(config.server.keys, base_dir)
     own_texts = texts or TextService()
+    own_texts.served = lambda: {card.name for card in hub.models()}
     gate = Gate()
     bodies = Bodies(config.server.max_body_bytes)
     front = Frontend(

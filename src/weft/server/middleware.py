@@ -40,6 +40,6 @@ class RequestIdMiddleware:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception:
-            log.exception("request id=%s path=%s failed", request_id, scope["path"][:200])
+            log.exception("request id=%s path=%s failed", request_id, ascii(scope["path"][:200]))
             if not started:
                 await internal_error().response()(scope, receive, send_with_id)

@@ -8,7 +8,7 @@ tokenizer.json, jinja2 renders the template.
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -274,12 +274,17 @@ class TextService:
         self._models: dict[str, tuple[ModelCard, asyncio.Task[TextModel]]] = {}
         self._lanes: dict[str, asyncio.Semaphore] = {}
         self._waiting = 0
+        self.served: Callable[[], Collection[str]] | None = None
+        """Names of the models that there are; texts of others are forgotten when one is read."""
 
     async def model(self, card: ModelCard) -> TextModel:
         """The model's text side, read at first use and when its card has changed. Raises ApiError
         503 when it is broken."""
         known, task = self._models.get(card.name, (None, None))
         if task is None or known != card:
+            if self.served is not None:
+                names = {*self.served(), card.name}
+                self._models = {name: kept for name, kept in self._models.items() if name in names}
             task = asyncio.get_running_loop().create_task(self._load(card))
             self._models[card.name] = (card, task)
         try:

@@ -120,6 +120,20 @@ def test_deep_nesting_is_refused() -> None:
         with_durations(deep)
 
 
+def test_aliases_that_multiply_without_end_are_refused() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 12)]
+    with pytest.raises(WeftError, match="aliases"):
+        parse_pool_config("\n".join([*lines, "models: *a11"]))
+    with pytest.raises(WeftError, match="aliases"):
+        parse_pool_config("models: &a [*a]")
+
+
+def test_no_path_has_a_zero_character() -> None:
+    with pytest.raises(WeftError, match="zero character"):
+        parse_pool_config('models: [{name: a, path: "x\\0y"}]')
+
+
 def test_a_configuration_survives_its_own_form() -> None:
     config = parse_pool_config(EXAMPLE.read_text())
     assert make_pool_config(msgspec.to_builtins(config), source="again") == config

@@ -1,8 +1,10 @@
 """Templates and tokenisation: the same as transformers, and bounded."""
 
 import asyncio
+import gc
 import json
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,21 @@ def test_a_changed_card_is_read_anew(folder: Path) -> None:
         assert await texts.model(card("m", folder)) is first
         other = await texts.model(card("m", folder, context=64))
         assert other is not first and other.max_chars <= first.max_chars
+        texts.close()
+
+    asyncio.run(scenario())
+
+
+def test_texts_of_models_that_went_are_forgotten(folder: Path) -> None:
+    async def scenario() -> None:
+        texts, names = TextService(), {"a", "b"}
+        texts.served = lambda: names
+        gone = weakref.ref(await texts.model(card("a", folder)))
+        kept = weakref.ref(await texts.model(card("b", folder)))
+        names.discard("a")
+        await texts.model(card("c", folder))
+        gc.collect()
+        assert gone() is None and kept() is not None
         texts.close()
 
     asyncio.run(scenario())
