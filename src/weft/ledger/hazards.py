@@ -43,7 +43,8 @@ class Hazards:
         for key in write_keys:
             if (writer := self._writer.get(key)) is not None:
                 after.add(writer)
-            after |= self._readers.get(key, set())
+            if (readers := self._readers.get(key)) is not None:
+                after |= readers
         for key in read_keys:
             self._readers.setdefault(key, set()).add(action)
         for key in write_keys:

@@ -52,4 +52,5 @@ def granules_missing(book: Book, state: RequestState) -> int:
 
 def names(book: Book, states: list[RequestState]) -> list[ModelName]:
     """The adapters of these requests, each once, in order."""
-    return list(dict.fromkeys(s.request.adapter for s in states if s.request.adapter is not None))
+    found = dict.fromkeys([s.request.adapter for s in states])
+    return [name for name in found if name is not None]

@@ -79,18 +79,29 @@ class RequestState:
     spoke: bool = False
     """It had its first Emit, here or in an earlier incarnation."""
 
-    @property
-    def id(self) -> RequestId:
-        return self.request.id
+    # Facts of the request, worked out once: every step asks for them.
+    id: RequestId = field(init=False)
+    num_prompt: int = field(init=False)
+    stepwise: bool = field(init=False)
+    prefill_only: bool = field(init=False)
+    plain: bool = field(init=False)
+    """Its decode rows say where and how to draw, and nothing else."""
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.id, self.num_prompt = request.id, len(request.prompt)
+        self.stepwise, self.prefill_only = request.sampling.stepwise, request.prefill_only
+        scores = request.prompt_logprobs is not None
+        self.plain = not (self.stepwise or self.prefill_only or scores or request.embed)
 
     @property
     def known(self) -> int:
         """Tokens whose ids are known here."""
-        return len(self.request.prompt) + len(self.emitted)
+        return self.num_prompt + len(self.emitted)
 
     @property
     def length(self) -> int:
-        return self.known + self.draws_in_flight
+        return self.num_prompt + len(self.emitted) + self.draws_in_flight
 
     @property
     def draws_left(self) -> int:
@@ -100,7 +111,7 @@ class RequestState:
     @property
     def wants_steps(self) -> bool:
         """There is something to plan: a token to draw, or a prompt of which nothing is drawn."""
-        if self.request.prefill_only:
+        if self.prefill_only:
             return self.planned < self.length
         return self.draws_left > 0
 
@@ -223,6 +234,8 @@ class Book:
         self.models: dict[ModelName, ModelEntry] = {}
         self.requests: dict[RequestId, RequestState] = {}
         """Everything that holds anything: unfinished requests and finished ones not yet idle."""
+        self.over: set[RequestId] = set()
+        """Of these the finished ones."""
         self.steps: dict[ActionId, StepInFlight] = {}
         self.moves: dict[ActionId, Load | Drop | MapKv | UnmapKv | CopyKv] = {}
         self.interrupts: set[ActionId] = set()
@@ -278,6 +291,7 @@ class Book:
         """Tell the client now; memory follows when the request is idle (`reap`)."""
         assert state.phase != "finished"
         state.phase = "finished"
+        self.over.add(state.id)
         entry = self.models[state.request.model]
         del entry.members[state.id]
         if not entry.members:
@@ -298,6 +312,11 @@ class Book:
         error: str | None = None,
     ) -> None:
         """Tokens for the client; the first time, with what was computed of the prompt."""
+        if state.spoke and finish is None:
+            self.notices.append(
+                Emit(request=state.id, tokens=tuple(answer.tokens), logprobs=tuple(answer.logprobs))
+            )
+            return
         whole = finish in (None, "stop", "length")
         self.notices.append(
             Emit(
@@ -346,10 +365,13 @@ class Book:
 
     def reap(self) -> None:
         """Release finished requests that became idle; rewind failed ones."""
+        if not self.over:
+            return
         for state in [s for s in self.requests.values() if s.phase == "finished" and s.idle]:
             self.release_device(state)
             self.forget_parked(state)
             del self.requests[state.id]
+            self.over.remove(state.id)
 
     def rewind(self, state: RequestState) -> None:
         """After a failed run, once idle: continue from what is known to be computed."""

@@ -14,6 +14,7 @@ def check_book(book: Book) -> None:
     for entry in book.models.values():
         if entry.spec.base is not None:
             assert not entry.members and not book.memory(entry.spec.name).kv.granules
+    assert book.over == {s.id for s in book.requests.values() if s.phase == "finished"}
     pages: dict[ModelName, list[int]] = {name: [] for name in book.models}
     slots: list[int] = []
     for state in book.requests.values():

@@ -290,6 +290,8 @@ class Mover:
         waiting = [
             waiting_view(s) for s in entry.members.values() if s.phase in ("queued", "parked")
         ]
+        if not waiting:
+            return
         for request in self._preset.prefill.order(waiting, self._book.now_ns):
             if running >= self._book.unit.max_rows:
                 return

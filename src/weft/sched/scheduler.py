@@ -376,11 +376,12 @@ class UnitScheduler:
 
     def _newcomers(self, current: ModelEntry | None) -> bool:
         """A repeated run is in flight, but its model's batch has changed since."""
-        if current is None or not self._book.steps:
+        steps = self._book.steps.values()
+        if current is None or not any(s.run.plan.repeat > 1 and not s.interrupted for s in steps):
             return False
-        in_steps = {s.id for step in self._book.steps.values() for s in step.states}
+        in_steps = {s.id for step in steps for s in step.states}
         return any(request not in in_steps for request in current.members) or any(
-            s.phase == "finished" for step in self._book.steps.values() for s in step.states
+            s.phase == "finished" for step in steps for s in step.states
         )
 
     def _move(self) -> None:

@@ -6,7 +6,6 @@ because only its end says where its rows stand.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from weft.core.actions import Interrupt, Row, Run, StepPlan
 from weft.core.errors import REQUEST_FAILED
@@ -30,14 +29,6 @@ from weft.sched.prefix import PrefixCache
 MAX_RUN_FAILS = 3
 """A request whose runs failed this often, the last time alone, fails. From MAX_RUN_FAILS - 1 on
 it runs alone, so that it takes nobody with it."""
-
-
-@dataclass(slots=True)
-class _Drawn:
-    """A row's part of one iteration."""
-
-    token: int
-    logprobs: TokenLogprobs | None
 
 
 def _pooled(request: Request, stop: int) -> Pooling | None:
@@ -94,13 +85,12 @@ class Stepper:
         """Stepwise rows need their last token on the host, so beside one the lane has one step in
         flight, and nothing is repeated: overlap is lost, batches stay whole."""
         steps = self._book.steps.values()
-        depth = 1 if self._stepwise(entry) else self._book.unit.depth
-        return len(steps) < depth and all(s.run.plan.repeat == 1 for s in steps)
+        if len(steps) >= self._book.unit.depth or any(s.run.plan.repeat > 1 for s in steps):
+            return False
+        return not steps or not self._stepwise(entry)
 
     def _stepwise(self, entry: ModelEntry) -> bool:
-        return any(
-            s.request.sampling.stepwise for s in entry.members.values() if s.phase == "running"
-        )
+        return any(s.stepwise and s.phase == "running" for s in entry.members.values())
 
     def _candidates(self, entry: ModelEntry) -> list[RequestState]:
         ready: list[RequestState] = []
@@ -110,9 +100,10 @@ class Stepper:
                 continue
             if lost and not lost.isdisjoint(state.pages):
                 continue
-            if not adapters.is_there(self._book, state):
+            if state.request.adapter is not None and not adapters.is_there(self._book, state):
                 continue
-            self._book.rewind(state)
+            if state.dirty:
+                self._book.rewind(state)
             if not state.dirty and state.wants_steps:
                 ready.append(state)
         suspects = [s for s in ready if s.fails >= MAX_RUN_FAILS - 1]
@@ -122,22 +113,32 @@ class Stepper:
         self, entry: ModelEntry, keep: Collection[ModelName] | None
     ) -> tuple[list[Row], list[RequestState], int, RequestState | None]:
         """Rows, their requests, the repeat, and the first request that found no room."""
-        unit = self._book.unit
+        unit, page_tokens = self._book.unit, entry.spec.page_tokens
         ready = self._candidates(entry)
-        decode = [s for s in ready if s.length - s.planned == 1][: unit.max_rows]
+        decode: list[RequestState] = []
+        prefills: list[RequestState] = []
+        for state in ready:
+            left = state.length - state.planned
+            if left == 1:
+                decode.append(state)
+            elif left > 1:
+                prefills.append(state)
+        del decode[unit.max_rows :]
         rows: list[Row] = []
         states: list[RequestState] = []
         repeat = self._repeat(entry, ready, decode) if keep is not None else 1
         budget = unit.max_step_tokens
         needy: RequestState | None = None
-        for state in [*decode, *self._prefills(ready)]:
+        for state in [*decode, *self._in_order(prefills)]:
             if not budget or len(rows) >= unit.max_rows:
                 break
             left = state.length - state.planned
             # A prefill row whose own draw is in flight would need an id that is not known here.
             assert left == 1 or not state.draws_in_flight
             num_tokens = min(left, budget)
-            if self._mover.extend(entry, state, state.planned + num_tokens + repeat - 1, keep):
+            end = state.planned + num_tokens + repeat - 1
+            room = end <= len(state.pages) * page_tokens
+            if room or self._mover.extend(entry, state, end, keep):
                 rows.append(self._row(state, num_tokens))
                 states.append(state)
                 budget -= num_tokens
@@ -145,20 +146,22 @@ class Stepper:
                 needy = needy or state
         return rows, states, repeat, needy
 
-    def _prefills(self, ready: list[RequestState]) -> list[RequestState]:
+    def _in_order(self, prefills: list[RequestState]) -> list[RequestState]:
         """Requests with more than one position to compute, in the policy's order."""
-        prefills = {s.id: s for s in ready if s.length - s.planned > 1}
         if len(prefills) < 2:
-            return list(prefills.values())
-        waiting = [waiting_view(state) for state in prefills.values()]
+            return prefills
+        by_id = {state.id: state for state in prefills}
+        waiting = [waiting_view(state) for state in prefills]
         order = self._preset.prefill.order(waiting, self._book.now_ns)
-        return [prefills[request] for request in order]
+        return [by_id[request] for request in order]
 
     def _repeat(
         self, entry: ModelEntry, ready: list[RequestState], decode: list[RequestState]
     ) -> int:
         """How many steps the answer could not change without an outside event."""
         if not decode or len(decode) != len(ready) or len(ready) != len(entry.members):
+            return 1
+        if self._book.unit.max_repeat == 1:
             return 1
         if self._stepwise(entry):
             return 1
@@ -172,11 +175,30 @@ class Stepper:
     def _row(self, state: RequestState, num_tokens: int) -> Row:
         request = state.request
         start, stop = state.planned, state.planned + num_tokens
-        samples = stop == state.length and not request.prefill_only
-        stepwise = samples and request.sampling.stepwise
         output_index = len(state.emitted) + state.draws_in_flight
         from_device = num_tokens == 1 and state.last_on_device
+        sent = state.pages_sent
+        pages = tuple(state.pages[sent:]) if sent < len(state.pages) else ()
+        least = max(request.min_tokens - output_index, 0) if request.min_tokens else 0
         assert state.slot is not None
+        if from_device and state.plain and stop == state.length:
+            # What nearly all rows are; the general answer below is the same.
+            return Row(
+                request=state.id,
+                slot=state.slot,
+                start=start,
+                num_tokens=1,
+                input=None,
+                sample=request.sampling,
+                output_index=output_index,
+                stop_ids=state.stop_ids,
+                min_remaining=least,
+                first_page=sent,
+                append_pages=pages,
+                adapter=request.adapter,
+            )
+        samples = stop == state.length and not state.prefill_only
+        stepwise = samples and state.stepwise
         assert not (stepwise and state.draws_in_flight), "a stepwise row with a draw in flight"
         return Row(
             request=state.id,
@@ -187,9 +209,9 @@ class Stepper:
             sample=request.sampling if samples else None,
             output_index=output_index,
             stop_ids=state.stop_ids,
-            min_remaining=max(request.min_tokens - output_index, 0),
-            first_page=state.pages_sent,
-            append_pages=tuple(state.pages[state.pages_sent :]),
+            min_remaining=least,
+            first_page=sent,
+            append_pages=pages,
             adapter=request.adapter,
             outputs=tuple(state.emitted) if stepwise else (),
             prompt_ids=state.prompt_ids if stepwise else (),
@@ -245,22 +267,26 @@ class Stepper:
         """Apply the iterations of a report; the last one settles where the rows stand."""
         step = self._book.steps[event.action]
         assert event.iterations == len(event.tokens)
-        answers = [Answer() for _ in step.states]
-        self._note_prompts(step, event)
+        plan, states = step.run.plan, step.states
+        entry = self._book.models[plan.model]
+        answers = [Answer([], []) for _ in states]
+        if event.errors or event.prompt_logprobs or event.embeddings:
+            self._note_prompts(step, event)
         for i, tokens in enumerate(event.tokens):
-            logprobs = event.logprobs[i] if event.logprobs else [None] * len(tokens)
-            for index, row in enumerate(step.run.plan.rows):
-                drawn = _Drawn(tokens[index], logprobs[index])
-                self._apply(step.states[index], row, step.seen, drawn, answers[index])
+            logprobs = event.logprobs[i] if event.logprobs else (None,) * len(tokens)
+            drawn = zip(states, plan.rows, tokens, logprobs, answers, strict=True)
+            for state, row, token, scores, answer in drawn:
+                self._apply(entry, state, row, step.seen, token, scores, answer)
             step.seen += 1
-        for state, answer in zip(step.states, answers, strict=True):
+        for state, answer in zip(states, answers, strict=True):
             if answer.tokens and state.phase != "finished":
                 self._book.emit(state, answer)
         if event.last:
             self._settle(event.action, step)
-            for state in step.states:
+            for state in states:
                 state.fails = 0
-                self._prefixes.enter(state)
+                if state.computed >= (state.entered + 1) * entry.spec.page_tokens:
+                    self._prefixes.enter(state)
 
     def _note_prompts(self, step: StepInFlight, event: StepDone) -> None:
         """What the step says of prompts, and rows that cannot go on."""
@@ -276,37 +302,42 @@ class Stepper:
                 state.embedding.append(part)
 
     def _apply(
-        self, state: RequestState, row: Row, iteration: int, drawn: _Drawn, answer: Answer
+        self,
+        entry: ModelEntry,
+        state: RequestState,
+        row: Row,
+        iteration: int,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        answer: Answer,
     ) -> None:
         """One row of one iteration. Rows of requests that are over are void."""
         if row.sample is not None:
             state.draws_in_flight -= 1
         if state.phase == "finished":
             return
-        stop = row.start + row.num_tokens + iteration
-        entry = self._book.models[state.request.model]
-        computed_before = state.computed
-        state.computed = stop
-        prompt = len(state.request.prompt)
-        account = adapters.adapter_of(self._book, state) or entry
-        account.prompt_tokens += max(min(stop, prompt) - min(computed_before, prompt), 0)
-        if state.request.prefill_only and stop == prompt:
+        before, prompt = state.computed, state.num_prompt
+        state.computed = stop = row.start + row.num_tokens + iteration
+        account = entry if row.adapter is None else self._book.models[row.adapter]
+        if before < prompt:
+            account.prompt_tokens += max(min(stop, prompt) - before, 0)
+        if state.prefill_only and stop == prompt:
             entry.draws += 1  # its turn was of use
             self._book.finish(state, "stop" if state.request.embed else "length")
         if row.sample is None:
             return
         entry.draws += 1
         output_index = len(state.emitted)
-        stops = drawn.token in state.stop_ids and output_index >= state.request.min_tokens
-        if stops or drawn.token < 0:
+        stops = token in state.stop_ids and output_index >= state.request.min_tokens
+        if stops or token < 0:
             self._book.finish(state, "stop", answer=answer)
             return
-        state.emitted.append(drawn.token)
-        answer.tokens.append(drawn.token)
-        if drawn.logprobs is not None:
-            answer.logprobs.append(drawn.logprobs)
+        state.emitted.append(token)
+        answer.tokens.append(token)
+        if logprobs is not None:
+            answer.logprobs.append(logprobs)
         account.output_tokens += 1
-        if len(state.emitted) >= state.request.max_tokens:
+        if output_index + 1 >= state.request.max_tokens:
             self._book.finish(state, "length", answer=answer)
 
     def _settle(self, action: ActionId, step: StepInFlight) -> None:
