@@ -22,6 +22,13 @@ def users(book: Book, entry: ModelEntry) -> list[RequestState]:
     return [s for s in base.members.values() if s.request.adapter == entry.spec.name]
 
 
+def used(book: Book, entry: ModelEntry) -> bool:
+    """Whether it has `users`."""
+    if entry.spec.base is None:
+        return bool(entry.members)
+    return bool(users(book, entry))
+
+
 def in_use(book: Book, entry: ModelEntry) -> bool:
     """Whether a request that needs this entry has its KV on the device, or on its way there."""
     return any(s.phase in ("running", "resuming") for s in users(book, entry))

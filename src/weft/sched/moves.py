@@ -121,6 +121,8 @@ class Mover:
         """For models being moved out: drop weights, park requests, unmap what became empty."""
         for name, entry in self._book.models.items():
             useless = entry.unassigned or entry.failed is not None
+            if not useless and not entry.leaving:
+                continue
             users = adapters.users(self._book, entry)
             if useless and not users and self._book.memory(name).held_granules:
                 entry.leaving = "all"
@@ -253,7 +255,7 @@ class Mover:
         name = entry.spec.name
         if self._book.memory(name).state != "absent" or entry.failed is not None:
             return False
-        if entry.unassigned and not adapters.users(self._book, entry):
+        if entry.unassigned and not adapters.used(self._book, entry):
             return False
         return not self._book.ledger.hazards.busy(("w", name))
 

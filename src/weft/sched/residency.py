@@ -35,7 +35,7 @@ class Residents:
         return ResidentView(
             model=name,
             pinned=entry.spec.pinned,
-            has_work=bool(adapters.users(self._book, entry)),
+            has_work=adapters.used(self._book, entry),
             last_used_ns=entry.last_used_ns,
             granules=self._book.memory(name).held_granules,
             keep_alive_s=entry.spec.keep_alive_s,
@@ -59,7 +59,7 @@ class Residents:
     def busy(self) -> Collection[ModelName]:
         """Models that nobody is sent away for without a request."""
         models = self._book.models.items()
-        return {name for name, entry in models if adapters.users(self._book, entry)}
+        return {name for name, entry in models if adapters.used(self._book, entry)}
 
     def to_come(self) -> Iterator[ModelEntry]:
         """Models wished for, in the order of assignment. A wish for what is here or on its way is
@@ -71,7 +71,7 @@ class Residents:
             fulfilled = state in ("resident", "loading") and not entry.leaving
             if fulfilled or entry.failed or entry.unassigned:
                 entry.wish = None
-            elif not adapters.users(self._book, entry):
+            elif not adapters.used(self._book, entry):
                 yield entry
 
     def could_free(self, keep: Collection[ModelName]) -> int:
@@ -90,27 +90,35 @@ class Residents:
     def to_leave(self) -> list[ModelName]:
         """Idle models whose time is up or that an operator sent away."""
         return [
-            view.model
-            for view in self.views()
-            if not view.has_work
-            and self._book.memory(view.model).state == "resident"
-            and (self._book.models[view.model].unload or self._is_due(view))
+            name
+            for name, entry in self._resident()
+            if (entry.unload and not adapters.used(self._book, entry)) or self._is_due(name, entry)
         ]
+
+    def _resident(self) -> Iterator[tuple[ModelName, ModelEntry]]:
+        """Models that may leave without being in anybody's way: looked through in every round, so
+        only these are shown to the policy."""
+        for name, entry in self._book.models.items():
+            if entry.leaving or (entry.idle_since_ns is None and not entry.unload):
+                continue
+            if self._book.memory(name).state == "resident":
+                yield name, entry
 
     def why_leaves(self, entry: ModelEntry) -> str:
         return "asked" if entry.unload else "keep_alive"
 
-    def _is_due(self, view: ResidentView) -> bool:
-        at_ns = self._policy.leaves_at_ns(view)
+    def _leaves_at_ns(self, name: ModelName, entry: ModelEntry) -> int | None:
+        if entry.idle_since_ns is None:
+            return None
+        return self._policy.leaves_at_ns(self._view(name, entry))
+
+    def _is_due(self, name: ModelName, entry: ModelEntry) -> bool:
+        at_ns = self._leaves_at_ns(name, entry)
         return at_ns is not None and at_ns <= self._book.now_ns
 
     def next_ns(self) -> int | None:
         """When the next idle model's time is up."""
-        times = (
-            self._policy.leaves_at_ns(view)
-            for view in self.views()
-            if self._book.memory(view.model).state == "resident"
-        )
+        times = [self._leaves_at_ns(name, entry) for name, entry in self._resident()]
         return min((t for t in times if t is not None and t > self._book.now_ns), default=None)
 
     # -- accounts -------------------------------------------------------------------------------

@@ -413,8 +413,9 @@ class UnitScheduler:
         return absent or entry.starving or entry.blocked
 
     def _forget_unassigned(self) -> None:
-        for name, entry in list(self._book.models.items()):
-            if not entry.unassigned or adapters.users(self._book, entry):
+        gone = [item for item in self._book.models.items() if item[1].unassigned]
+        for name, entry in gone:
+            if adapters.used(self._book, entry):
                 continue
             memory = self._book.memory(name)
             requests = (s.request for s in self._book.requests.values())

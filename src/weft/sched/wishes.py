@@ -16,9 +16,10 @@ class Wishes:
     def preload(self) -> None:
         """Pinned models, and all where the policy says so, come in while there is room."""
         for entry in self._book.models.values():
-            memory = self._book.memory(entry.spec.name)
-            wanted = entry.spec.pinned or self._preset.residency.preload
-            if wanted and self._mover.loadable(entry) and self._fits(memory.weight_granules, entry):
+            if not (entry.spec.pinned or self._preset.residency.preload):
+                continue
+            granules = self._book.memory(entry.spec.name).weight_granules
+            if self._mover.loadable(entry) and self._fits(granules, entry):
                 self._mover.load(entry, "pinned" if entry.spec.pinned else "preload")
 
     def _fits(self, granules: int, entry: ModelEntry) -> bool:

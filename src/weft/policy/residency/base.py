@@ -34,5 +34,5 @@ class Residency(Protocol):
 
     def leaves_at_ns(self, view: ResidentView) -> int | None:
         """When this model leaves though nobody wants its room, if nothing happens before; None:
-        never."""
+        never. Asked only while it is idle after a request: `idle_since_ns` is set."""
         ...
