@@ -18,8 +18,8 @@ MAX_DEPTH = 64
 MAX_CHOICES = 1024
 FIRST_BYTES = 3
 """Of one output are tried: some grammars are compiled and then have too many ways to go on."""
-BLANKS = r"[ \n\r\t]{1,64}"
-"""Between the tokens of a JSON text: enough to indent, not enough to go on for ever."""
+BLANKS = r"[ \n\r\t]{1,16}"
+"""Between the tokens of a JSON text: a new line and seven levels of two, not for ever."""
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
