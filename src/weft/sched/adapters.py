@@ -11,27 +11,20 @@ from weft.core.ids import ModelName
 from weft.sched.book import Book, ModelEntry, RequestState
 
 
-def users(book: Book, entry: ModelEntry) -> list[RequestState]:
+def users(entry: ModelEntry) -> list[RequestState]:
     """Unfinished requests that need this entry: a model's members, or those of an adapter's base
     that name the adapter."""
-    if entry.spec.base is None:
-        return list(entry.members.values())
-    base = book.models.get(entry.spec.base)
-    if base is None:
-        return []
-    return [s for s in base.members.values() if s.request.adapter == entry.spec.name]
+    return list((entry.members if entry.spec.base is None else entry.riders).values())
 
 
-def used(book: Book, entry: ModelEntry) -> bool:
+def used(entry: ModelEntry) -> bool:
     """Whether it has `users`."""
-    if entry.spec.base is None:
-        return bool(entry.members)
-    return bool(users(book, entry))
+    return bool(entry.members if entry.spec.base is None else entry.riders)
 
 
-def in_use(book: Book, entry: ModelEntry) -> bool:
+def in_use(entry: ModelEntry) -> bool:
     """Whether a request that needs this entry has its KV on the device, or on its way there."""
-    return any(s.phase in ("running", "resuming") for s in users(book, entry))
+    return any(s.phase in ("running", "resuming") for s in users(entry))
 
 
 def adapter_of(book: Book, state: RequestState) -> ModelEntry | None:

@@ -156,7 +156,9 @@ class ModelEntry:
 
     spec: ModelSpec
     members: dict[RequestId, RequestState] = field(default_factory=dict)
-    """Unfinished requests, in order of submission."""
+    """Unfinished requests, in order of submission. An adapter has none: its are its base's."""
+    riders: dict[RequestId, RequestState] = field(default_factory=dict)
+    """An adapter's: those members of its base that name it, in the same order."""
     leaving: Leaving | None = None
     """Being moved out: KV parked ("kv"), or weights dropped as well ("all")."""
     last_turn_end_ns: int = -1
@@ -297,10 +299,10 @@ class Book:
         if not entry.members:
             entry.idle_since_ns = self.now_ns
         adapter = self.models.get(state.request.adapter) if state.request.adapter else None
-        if adapter and not any(
-            s.request.adapter == adapter.spec.name for s in entry.members.values()
-        ):
-            adapter.idle_since_ns = self.now_ns
+        if adapter is not None:
+            del adapter.riders[state.id]
+            if not adapter.riders:
+                adapter.idle_since_ns = self.now_ns
         self.emit(state, answer or Answer(), finish=reason, error=error)
 
     def emit(

@@ -14,6 +14,8 @@ def check_book(book: Book) -> None:
     for entry in book.models.values():
         if entry.spec.base is not None:
             assert not entry.members and not book.memory(entry.spec.name).kv.granules
+        riders = [s for s in book.requests.values() if s.request.adapter == entry.spec.name]
+        assert list(entry.riders.values()) == [s for s in riders if s.phase != "finished"]
     assert book.over == {s.id for s in book.requests.values() if s.phase == "finished"}
     pages: dict[ModelName, list[int]] = {name: [] for name in book.models}
     slots: list[int] = []

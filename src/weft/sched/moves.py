@@ -95,7 +95,7 @@ class Mover:
         """Not to be sent away: in `keep`, an adapter that runs on one of these, or leaving."""
         if entry.spec.name in keep or entry.leaving:
             return True
-        return entry.spec.base in keep and adapters.in_use(self._book, entry)
+        return entry.spec.base in keep and adapters.in_use(entry)
 
     def _kv_victims(self, keep: Collection[ModelName]) -> list[ModelName]:
         """Models whose weights stay but whose KV can be parked, least recently used first."""
@@ -123,7 +123,7 @@ class Mover:
             useless = entry.unassigned or entry.failed is not None
             if not useless and not entry.leaving:
                 continue
-            users = adapters.users(self._book, entry)
+            users = adapters.users(entry)
             if useless and not users and self._book.memory(name).held_granules:
                 entry.leaving = "all"
                 entry.leave_cause = "removed" if entry.unassigned else "failed"
@@ -145,7 +145,7 @@ class Mover:
 
     def _adapter_runs(self, entry: ModelEntry) -> bool:
         """A leaving adapter is gone when its last request is off the device, not before."""
-        return entry.spec.base is not None and adapters.in_use(self._book, entry)
+        return entry.spec.base is not None and adapters.in_use(entry)
 
     def park(self, entry: ModelEntry, state: RequestState) -> None:
         """Copy the KV to the host store; where that cannot be, forget it and compute it again."""
@@ -255,8 +255,10 @@ class Mover:
         name = entry.spec.name
         if self._book.memory(name).state != "absent" or entry.failed is not None:
             return False
-        if entry.unassigned and not adapters.used(self._book, entry):
+        if entry.unassigned and not adapters.used(entry):
             return False
+        if entry.leaving and self._adapter_runs(entry):
+            return False  # whoever is still on the device with it goes first
         return not self._book.ledger.hazards.busy(("w", name))
 
     def load(self, entry: ModelEntry, cause: str) -> None:
@@ -345,6 +347,8 @@ class Mover:
                 # Where they lie they may keep it from ever getting room: without them it does.
                 state.reuse = False
                 self._book.changes += 1
+            elif not running and not self.coming_granules():
+                self._begin_anew(entry, missing)
             return False
         state.slot = self._book.ledger.take_slot()
         if state.parked is None:
@@ -370,6 +374,15 @@ class Mover:
             )
         )
         return True
+
+    def _begin_anew(self, entry: ModelEntry, pages: int) -> None:
+        """So many pages fit into what is free and what this model itself holds, but not around the
+        holes in its KV range: nobody else may have anything to give, so it gives back its own."""
+        name, kv = entry.spec.name, self._book.memory(entry.spec.name).kv
+        empty = kv.empty_granules()
+        needed = -(-pages * kv.page_bytes // kv.granule_bytes)
+        if not kv.live and empty and needed <= self._book.ledger.free_granules + len(empty):
+            self._unmap(name, empty)
 
     def _reserve(
         self,
@@ -531,7 +544,7 @@ class Mover:
         do, else until the model is assigned again."""
         self.residents.cannot_come(entry)
         error = f"{MODEL_FAILED}: the model cannot be loaded: {entry.failed}"
-        for state in adapters.users(self._book, entry):
+        for state in adapters.users(entry):
             self._book.finish(state, "error", error=error)
 
     def _map_failed(self, entry: ModelEntry, at: tuple[int, ...], event: Failed) -> None:

@@ -35,7 +35,7 @@ class Residents:
         return ResidentView(
             model=name,
             pinned=entry.spec.pinned,
-            has_work=adapters.used(self._book, entry),
+            has_work=adapters.used(entry),
             last_used_ns=entry.last_used_ns,
             granules=self._book.memory(name).held_granules,
             keep_alive_s=entry.spec.keep_alive_s,
@@ -59,7 +59,7 @@ class Residents:
     def busy(self) -> Collection[ModelName]:
         """Models that nobody is sent away for without a request."""
         models = self._book.models.items()
-        return {name for name, entry in models if adapters.used(self._book, entry)}
+        return {name for name, entry in models if adapters.used(entry)}
 
     def to_come(self) -> Iterator[ModelEntry]:
         """Models wished for, in the order of assignment. A wish for what is here or on its way is
@@ -71,7 +71,7 @@ class Residents:
             fulfilled = state in ("resident", "loading") and not entry.leaving
             if fulfilled or entry.failed or entry.unassigned:
                 entry.wish = None
-            elif not adapters.used(self._book, entry):
+            elif not adapters.used(entry):
                 yield entry
 
     def could_free(self, keep: Collection[ModelName]) -> int:
@@ -92,7 +92,7 @@ class Residents:
         return [
             name
             for name, entry in self._resident()
-            if (entry.unload and not adapters.used(self._book, entry)) or self._is_due(name, entry)
+            if (entry.unload and not adapters.used(entry)) or self._is_due(name, entry)
         ]
 
     def _resident(self) -> Iterator[tuple[ModelName, ModelEntry]]:

@@ -247,6 +247,8 @@ class UnitScheduler:
         state = RequestState(request, list(event.emitted), tuple({*eos, *request.stop_ids}))
         self._book.requests[request.id] = state
         entry.members[request.id] = state
+        if request.adapter is not None:
+            self._book.models[request.adapter].riders[request.id] = state
         for name in (request.model, request.adapter):
             if name is not None:
                 self._book.models[name].idle_since_ns = None
@@ -415,7 +417,7 @@ class UnitScheduler:
     def _forget_unassigned(self) -> None:
         gone = [item for item in self._book.models.items() if item[1].unassigned]
         for name, entry in gone:
-            if adapters.used(self._book, entry):
+            if adapters.used(entry):
                 continue
             memory = self._book.memory(name)
             requests = (s.request for s in self._book.requests.values())
@@ -467,7 +469,7 @@ class UnitScheduler:
     def _model_status(self, entry: ModelEntry) -> ModelStatus:
         # A request of an adapter counts there, not at its base: sums over all are right.
         name = entry.spec.name
-        states = adapters.users(self._book, entry)
+        states = adapters.users(entry)
         memory = self._book.memory(name)
         phases = [s.phase for s in states if (s.request.adapter or name) == name]
         return ModelStatus(

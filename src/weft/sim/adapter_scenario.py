@@ -1,17 +1,18 @@
-"""Random scenarios with many adapters and little room: what `scenario.random_scenario` rarely
-meets, such as an adapter sent away under a request whose KV is on its way."""
+"""Random scenarios with many adapters and little room, half of them with operators: what
+`scenario.random_scenario` rarely meets, such as an adapter sent away under a request whose KV is on
+its way."""
 
 import random
 
 import msgspec
 
-from weft.core.events import Assign, Cancel, Submit, UnitEvent
+from weft.core.events import Assign, Cancel, Pin, Submit, UnitEvent
 from weft.core.ids import ModelName, RequestId
 from weft.core.model import ModelSpec
 from weft.core.request import Request
 from weft.core.unit import UnitSpec
 from weft.cost.model import CostModel
-from weft.sim.scenario import KIB, Scenario
+from weft.sim.scenario import KIB, Scenario, with_operators, with_wishes
 
 GRANULE = 64 * KIB
 VOCAB = 50
@@ -35,10 +36,18 @@ def adapter_scenario(seed: int) -> Scenario:
         max_step_tokens=rng.choice([8, 64]),
         max_repeat=rng.choice([1, 4, 16]),
     )
+    models = [*bases, *adapters]
+    arrivals = _arrivals(rng, bases, adapters)
+    operators = random.Random(f"operators {seed}")  # of its own: what a seed meant before stays
+    policy = "weft"
+    if operators.random() < 0.5:
+        arrivals = _operated(operators, models, arrivals)
+        policy = operators.choice(["weft", "weft", "dedicated"])
     return Scenario(
         unit=unit,
-        models=[*bases, *adapters],
-        arrivals=_arrivals(rng, bases, adapters),
+        models=models,
+        arrivals=arrivals,
+        policy=policy,
         turn_s=rng.choice([0.001, 0.03, 0.1]),
         fail=rng.choice([0.0, 0.03, 0.15]),
         cost=CostModel(link_bytes_per_s=rng.choice([1e6, 1e7, 1e9])),
@@ -99,3 +108,19 @@ def _arrivals(
             events.append((at_ns + rng.randrange(100_000_000), Cancel(request=request.id)))
     events.sort(key=lambda item: item[0])
     return events
+
+
+def _operated(
+    rng: random.Random, models: list[ModelSpec], arrivals: list[tuple[int, UnitEvent]]
+) -> list[tuple[int, UnitEvent]]:
+    """With times to live, and somebody who loads, unloads and pins while requests run."""
+    wishes = {spec.name: with_wishes(rng, spec) for spec in models}
+    events: list[tuple[int, UnitEvent]] = [
+        (at, Assign(model=wishes[event.model.name]) if isinstance(event, Assign) else event)
+        for at, event in arrivals
+    ]
+    span_ns = max(at for at, _ in events) + 200_000_000
+    for _ in range(rng.choice([0, 2, 5])):
+        pin = Pin(model=rng.choice(models).name, pinned=rng.random() < 0.5)
+        events.append((rng.randrange(span_ns), pin))
+    return with_operators(rng, models, events)

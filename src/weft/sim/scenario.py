@@ -304,9 +304,9 @@ def random_scenario(
         max_repeat=rng.choice([1, 4, 16]),
     )
     wishes = random.Random(f"wishes {seed}")  # of its own: what a seed meant before stays
-    models = [_with_wishes(wishes, spec) for spec in models]
+    models = [with_wishes(wishes, spec) for spec in models]
     arrivals = _random_arrivals(rng, models, requests or rng.randint(1, 24))
-    arrivals = _with_operators(wishes, models, arrivals)
+    arrivals = with_operators(wishes, models, arrivals)
     return Scenario(
         unit=unit,
         models=models,
@@ -362,7 +362,8 @@ def _random_grammar(rng: random.Random) -> Grammar | None:
     return rng.choice([Grammar(kind="json_object"), Grammar(kind="json_object"), BAD_GRAMMAR])
 
 
-def _with_wishes(rng: random.Random, spec: ModelSpec) -> ModelSpec:
+def with_wishes(rng: random.Random, spec: ModelSpec) -> ModelSpec:
+    """To be preloaded or not, with some time to live."""
     return msgspec.structs.replace(
         spec,
         preload=rng.random() < 0.2,
@@ -370,7 +371,7 @@ def _with_wishes(rng: random.Random, spec: ModelSpec) -> ModelSpec:
     )
 
 
-def _with_operators(
+def with_operators(
     rng: random.Random, models: list[ModelSpec], arrivals: list[tuple[int, UnitEvent]]
 ) -> list[tuple[int, UnitEvent]]:
     """Somebody loads, unloads and changes models while requests run."""
@@ -381,7 +382,7 @@ def _with_operators(
         choices: list[UnitEvent] = [
             Warm(model=spec.name),
             Unload(model=spec.name),
-            Assign(model=_with_wishes(rng, spec)),
+            Assign(model=with_wishes(rng, spec)),
         ]
         events.append((rng.randrange(span_ns), rng.choice(choices)))
     if rng.random() < 0.1:

@@ -370,3 +370,47 @@ def test_campaign_of_scenarios(block: int, campaign_seed: int) -> None:
 def test_campaign_of_small_scenarios(block: int, campaign_seed: int, campaign_full: bool) -> None:
     for i in range(25_000 if campaign_full else 5_000):
         run_scenario(small_scenario(campaign_seed * 1_000_003 + block * 100_000 + i), check=False)
+
+
+def test_holes_in_a_models_own_range_keep_nobody_waiting() -> None:
+    """A model that stays came while the end of the KV range was in use, so it took the middle.
+    What is left would do for the next request, in one piece."""
+    granule = 64 * KIB
+
+    def spec(name: str, granules: int, *, pinned: bool = False) -> ModelSpec:
+        return ModelSpec(
+            name=ModelName(name),
+            weight_bytes=granules * granule,
+            num_layers=2,
+            page_tokens=4,
+            page_bytes=80 * KIB,
+            max_context_tokens=64,
+            vocab_size=50,
+            pinned=pinned,
+        )
+
+    def submit(number: int, prompt: int, output: int) -> Submit:
+        ids = tuple((i + number) % 50 for i in range(prompt))
+        return Submit(
+            request=Request(
+                id=RequestId(number), model=ModelName("a"), prompt=ids, max_tokens=output
+            )
+        )
+
+    unit = UnitSpec(granule_bytes=granule, num_granules=9, host_bytes=1 << 20)
+    scenario = Scenario(
+        unit=unit,
+        models=[spec("a", 1), spec("b", 3, pinned=True)],
+        arrivals=[],
+    )
+    body = Body(scenario)
+    body.run([(0, Assign(model=scenario.models[0])), (0, submit(1, 11, 1))], until_ns=0)
+    body.run([(0, submit(2, 5, 3))], until_ns=0)
+    while RequestId(1) not in body.outcome.finish:
+        body.run([], until_ns=body.now_ns + MS)
+        body.now_ns += MS
+    assert RequestId(2) not in body.outcome.finish
+    now_ns = body.now_ns
+    body.run([(now_ns, Assign(model=scenario.models[1])), (now_ns + 1000 * MS, submit(3, 11, 1))])
+    assert body.outcome.finish[RequestId(3)] == "length"
+    assert [m.model for m in body.outcome.moved if m.state == "resident"] == ["a", "b"]
