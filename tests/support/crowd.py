@@ -20,6 +20,9 @@ TESTS = Path(__file__).resolve().parents[1]
 READ_BYTES = 1 << 16
 SLOW_READ_BYTES = 4096
 SLOW_PAUSE_S = 0.02
+SLOW_LOGPROBS = 10
+"""Of every token of a slow answer: it is larger than all buffers between however few events its
+tokens come in, and on a slow machine they are few."""
 
 
 class Visitor(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +53,8 @@ def head_of(visitor: Visitor, number: int) -> bytes:
         "stream": True,
         "return_token_ids": True,
     }
+    if visitor.kind == "slow":
+        body["logprobs"] = SLOW_LOGPROBS
     raw = json.dumps(body).encode()
     # A long id is in every event: the answers are large beside the buffers.
     name = f"{number:-<120}"
