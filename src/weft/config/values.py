@@ -54,8 +54,8 @@ def check_values(raw: Any, source: str) -> None:
 
 
 def with_durations(raw: Any, path: str = "$", depth: int = 0) -> Any:
-    """Plain values in which every text under a key that ends in `_s` has become seconds. A text
-    that is a bare number counts as seconds. Raises WeftError with the key's path."""
+    """Plain values in which every text under a key that ends in `_s` has become seconds. Raises
+    WeftError with the key's path."""
     if depth > MAX_DEPTH:
         raise WeftError(f"`{path[:100]}` is nested too deeply")
     if isinstance(raw, list):

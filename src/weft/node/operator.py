@@ -40,6 +40,8 @@ class PoolOperator:
         self._roots = [Path(os.path.realpath(base_dir / root)) for root in roots]
         self._reload = reload
         self._stop = stop
+        self._reloading = asyncio.Lock()
+        """From reading to applying: what was read first may not be applied last."""
 
     async def load(self, command: ModelCommand) -> dict[str, Any]:
         """Bring a model's weights onto the device; a path adds the model first."""
@@ -74,8 +76,9 @@ class PoolOperator:
         """Raises WeftError for an invalid configuration: nothing has changed then."""
         if self._reload is None:
             raise WeftError("this server has no pool.yaml to read again; start it with one")
-        config, base_dir = await asyncio.to_thread(self._reload)
-        report = await self._catalog.apply(config, base_dir)
+        async with self._reloading:
+            config, base_dir = await asyncio.to_thread(self._reload)
+            report = await self._catalog.apply(config, base_dir)
         return msgspec.structs.asdict(report)
 
     def drain(self) -> dict[str, Any]:
