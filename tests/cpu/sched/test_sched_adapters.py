@@ -13,6 +13,10 @@ from weft.core.ids import ModelName, RequestId
 from weft.core.model import ModelSpec
 from weft.core.request import Request
 from weft.core.unit import UnitSpec
+from weft.policy.presets import preset
+from weft.sched.book import Book, ModelEntry, RequestState
+from weft.sched.moves import Mover
+from weft.sched.prefix import PrefixCache
 from weft.sim.adapter_scenario import adapter_scenario
 from weft.sim.scenario import Body, Outcome, Scenario, random_scenario, run_scenario
 
@@ -251,3 +255,21 @@ def test_crowded_adapters_end_right_and_leave_nothing(seed: int) -> None:
 def test_many_crowded_adapters(first: int) -> None:
     for seed in range(first, first + 500):
         run_scenario(adapter_scenario(seed))
+
+
+def test_a_leaving_adapter_that_is_still_held_is_not_loaded_by_a_wish() -> None:
+    """Somebody pins it while it leaves and a request with it is on its way to the device."""
+    unit = UnitSpec(granule_bytes=64 * KIB, num_granules=8, host_bytes=0)
+    book = Book(unit)
+    mover = Mover(book, preset("weft"), PrefixCache(book))
+    of, own = base(), adapter("x", base())
+    for spec in (of, own):
+        book.ledger.add_model(spec)
+        book.models[spec.name] = ModelEntry(spec)
+    entry = book.models[own.name]
+    request = Request(id=RequestId(1), model=of.name, adapter=own.name, prompt=(1,), max_tokens=1)
+    rider = entry.riders[request.id] = RequestState(request, [], ())
+    rider.phase, entry.leaving = "resuming", "all"
+    assert not mover.loadable(entry)
+    rider.phase = "parked"
+    assert mover.loadable(entry)
