@@ -84,7 +84,7 @@ def held(pool: PoolProcess) -> dict[str, Any]:
 def idle(status: dict[str, Any]) -> bool:
     """No request anywhere in the unit."""
     return all(
-        model["queued"] == model["running"] == model["parked"] == 0
+        model["queued"] == model["running"] == model["parked"] == model["kv_pages_used"] == 0
         for unit in status["pool"]["units"]
         for model in unit["status"]["models"]
     )
