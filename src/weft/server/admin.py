@@ -7,6 +7,7 @@ with the public application, so no mistake in a route there can open it.
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import logging
@@ -28,11 +29,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weft.core.errors import WeftError
 from weft.server.admin_socket import bind_socket
+from weft.server.connection import Bounds, Connection, sweep_for_ever
 
 log = logging.getLogger("weft.admin")
 
 MAX_BODY_BYTES = 64 << 10
 MAX_WAIT_S = 3600.0
+TCP_BOUNDS = Bounds(max_connections=64, slow_reader_s=60.0)
+"""Of the port, which strangers may reach: they would take the descriptors of everybody."""
 ROOT = 0
 
 
@@ -190,8 +194,13 @@ async def serve_admin(
     sock = bind_socket(path)
     servers = [(_server(app, OwnerOnly), sock)]
     if tcp is not None and key_sha256 is not None:
-        servers.append((_server(WithKey(app, key_sha256), H11Protocol), tcp))
+        bounded = functools.partial(Connection, bounds=TCP_BOUNDS)
+        servers.append((_server(WithKey(app, key_sha256), bounded), tcp))
     tasks = [asyncio.create_task(server.serve(sockets=[sock])) for server, sock in servers]
+    sweepers = [
+        asyncio.create_task(sweep_for_ever(server.server_state.connections, TCP_BOUNDS))
+        for server, _ in servers[1:]
+    ]
     try:
         while not all(server.started for server, _ in servers):
             if any(task.done() for task in tasks):
@@ -200,6 +209,8 @@ async def serve_admin(
         log.info("admin=serving socket=%s", path)
         yield
     finally:
+        for sweeper in sweepers:
+            sweeper.cancel()
         for server, _ in servers:
             server.should_exit = True
         await asyncio.wait(tasks)
@@ -208,10 +219,10 @@ async def serve_admin(
         path.unlink(missing_ok=True)
 
 
-def _server(app: ASGIApp, protocol: type[asyncio.Protocol]) -> _Server:
+def _server(app: ASGIApp, protocol: Callable[..., asyncio.Protocol]) -> _Server:
     config = uvicorn.Config(
         app,
-        http=protocol,
+        http=protocol,  # type: ignore[arg-type]
         log_config=None,
         access_log=False,
         server_header=False,

@@ -15,6 +15,7 @@ import pytest
 from weft.core.errors import WeftError
 from weft.server import admin, admin_socket
 from weft.server.admin import ModelCommand, create_admin_app, serve_admin
+from weft.server.connection import Bounds
 
 
 class Told:
@@ -148,6 +149,26 @@ def test_a_port_needs_the_key(short: Path) -> None:
 
     serving(work, told, key="secret")
     assert told.log == ["reload"]
+
+
+def test_strangers_at_the_port_are_few_and_do_not_stay(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds = Bounds(max_connections=2, slow_reader_s=60.0, first_request_s=0.1)
+    monkeypatch.setattr(admin, "TCP_BOUNDS", bounds)
+
+    async def work(client: httpx.AsyncClient, _: Path) -> None:
+        async def silent() -> bytes:
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+            heard = await asyncio.wait_for(reader.read(), 20)  # until the server ends it
+            writer.close()
+            return heard
+
+        heard = await asyncio.gather(*(silent() for _ in range(3)), return_exceptions=True)
+        full = [one for one in heard if isinstance(one, bytes) and b" 503 " in one]
+        assert len(full) == 1
+
+    serving(work, Told(), key="secret")
 
 
 def test_a_folder_that_others_can_enter_is_refused(short: Path) -> None:
