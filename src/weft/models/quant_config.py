@@ -76,6 +76,7 @@ def quant_spec(
     module's weight. Raises WeftError where a matrix is quantized in part, where lm_head or the
     embeddings are, where nothing is, and where group sizes do not fit.
     """
+    claim = _as_stored(claim, checkpoint)
     marker, scale = MARKERS[claim.form], SCALES[claim.form]
     dense: list[str] = []
     scale_dtypes: set[str] = set()
@@ -116,6 +117,14 @@ def quant_spec(
     return msgspec.structs.replace(
         spec, dense=tuple(dense), scale_dtype=found[0] if found else "float32"
     )
+
+
+def _as_stored(claim: QuantClaim, checkpoint: Checkpoint) -> QuantClaim:
+    """One scale a tensor is called `weight_scale` by most, `weight_scale_inv` by transformers."""
+    if claim.form != "fp8" or any(name.endswith(".weight_scale") for name in checkpoint.tensors):
+        return claim
+    inverse = any(name.endswith(".weight_scale_inv") for name in checkpoint.tensors)
+    return claim._replace(form="fp8_inv") if inverse else claim
 
 
 def _check_inputs(

@@ -211,3 +211,18 @@ def test_the_key_knows_the_form(tmp_path: Path) -> None:
         config.read_text().replace('"checkpoint_format": "gptq"', '"checkpoint_format": "gptq_v2"')
     )
     assert image_key(quant, read_model_config(quant)) != key
+
+
+def test_a_scale_a_tensor_by_the_name_transformers_gives_it(tmp_path: Path) -> None:
+    """`weight_block_size` null: FP8Linear of transformers has a scalar `weight_scale_inv`."""
+
+    def rename(stored: dict[str, tuple[str, np.ndarray]]) -> None:
+        for name in [name for name in stored if name.endswith(".weight_scale")]:
+            stored[f"{name}_inv"] = stored.pop(name)
+
+    path, plain = quant_checkpoint(tmp_path, FORMS["fp8-plain"], change=rename)
+    model, theirs = PlainModel(path, dtype="float64"), PlainModel(plain, dtype="float64")
+    assert model.arch.quant is not None and model.arch.quant.form == "fp8_inv"
+    ours, logits = model.generate(prompt_of(0), NEW_TOKENS)
+    expected, wanted = theirs.generate(prompt_of(0), NEW_TOKENS)
+    assert ours == expected and float((logits - wanted).abs().max()) < TOLERANCE["float64"]
