@@ -233,10 +233,9 @@ class Mover:
     ) -> bool:
         """Set in motion what brings the adapter of a waiting request in, and room for the request
         beside it, sending away all but `keep` (None: nobody). False if there is no room yet."""
-        memory, missing = self._book.memory(entry.spec.name), 0
+        memory = self._book.memory(entry.spec.name)
         adapter = adapters.adapter_of(self._book, state)
         assert adapter is not None
-        name = adapter.spec.name
         if adapter.leaving or not self.loadable(adapter):
             return True
         pages = self._book.ledger.growth_granules(
@@ -244,7 +243,7 @@ class Mover:
         )
         missing = adapters.granules_missing(self._book, state) + (pages or 0)
         free = self._book.ledger.free_granules >= missing
-        if not free and (keep is None or not self.make_room(name, missing, keep)):
+        if not free and (keep is None or not self.make_room(adapter.spec.name, missing, keep)):
             return False
         self.load(adapter, "request")
         return True
@@ -309,7 +308,8 @@ class Mover:
                 keep = {*keep, *adapters.names(self._book, [*coming, state])}
             if not adapters.is_there(self._book, state):
                 coming.append(state)
-                fits = self._bring_adapter(entry, state, keep)
+                # What comes free is for those who run and cannot grow, not for one more adapter.
+                fits = not (running and entry.starving) and self._bring_adapter(entry, state, keep)
             else:
                 fits = self._admit_one(entry, state, running, keep)
                 running += fits

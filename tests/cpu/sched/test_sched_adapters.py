@@ -250,6 +250,11 @@ def test_crowded_adapters_end_right_and_leave_nothing(seed: int) -> None:
     run_scenario(adapter_scenario(seed))
 
 
+def test_no_adapter_takes_the_room_that_a_running_request_waits_for() -> None:
+    """Two adapters took turns in the one free granule, loaded and dropped without end."""
+    run_scenario(adapter_scenario(3983))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 4000, 500))
 def test_many_crowded_adapters(first: int) -> None:
