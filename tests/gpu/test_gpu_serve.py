@@ -76,16 +76,21 @@ async def streams(pool: PoolProcess, kills: int) -> list[int]:
         return list(await asyncio.gather(*tasks))
 
 
+def unit(pool: PoolProcess) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{pool.url}/weft/status").json()["pool"]["units"][0]
+    return found
+
+
 def test_serve_switch_kill_and_free(tmp_path: Path) -> None:
     before = used_mib()
     engine = {"device": "cuda", "device_memory": "256M", "host_memory": "1G"}
     with running_pool(tmp_path, make_models(tmp_path), engine=engine, turn_s=0.05) as pool:
         pool.wait_ready(120.0)
         assert asyncio.run(streams(pool, kills=0)) == [TOKENS] * 12
+        # Counts begin anew with every worker, so they are looked at before the first one dies.
+        assert sum(model["switches_in"] for model in unit(pool)["status"]["models"]) > 3
         assert asyncio.run(streams(pool, kills=2)) == [TOKENS] * 12
-        status = httpx.get(f"{pool.url}/weft/status").json()["pool"]["units"][0]
-        assert status["restarts"] == 2
-        assert sum(model["switches_in"] for model in status["status"]["models"]) > 3
+        assert unit(pool)["restarts"] == 2
         poll(lambda: len(pool.worker_pids()) == 1, 60.0, pool)
         (worker,) = pool.worker_pids()
         os.kill(pool.process.pid, signal.SIGKILL)
