@@ -16,6 +16,7 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -135,9 +136,7 @@ def random_tokens(tokens: int, matrix: Matrix) -> torch.Tensor:
     return torch.randn(tokens, matrix.inputs, device="cuda", dtype=torch.bfloat16)
 
 
-def measure(
-    kind: Kind, group: int, matrix: Matrix, num_sms: int, peak: float
-) -> Iterator[dict[str, Any]]:
+def measure(kind: Kind, group: int, matrix: Matrix, num_sms: int) -> Iterator[dict[str, Any]]:
     """A row for each number of tokens."""
     weights = copies_of(random_weight(kind, group, matrix))
     size = weights[0].num_bytes
@@ -157,7 +156,6 @@ def measure(
                 "us": took_us,
                 "relative_error": error,
                 "bytes_per_s": size / took_us * 1e6,
-                "share_of_peak": size / took_us * 1e6 / peak,
                 "speedup": dense_us / took_us,
             }
         yield row
@@ -220,24 +218,17 @@ def tune(num_sms: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def peak_bytes_per_s() -> float:
-    """What memory reaches here, bytes read and written: a copy of 2 GiB."""
-    words = torch.zeros(1 << 29, dtype=torch.int32, device="cuda")
-    copy = torch.empty_like(words)
-    return 2 * words.numel() * 4 / time_us([lambda: copy.copy_(words)]) * 1e6
-
-
 def show(result: dict[str, Any]) -> None:
     """Short tables."""
-    print(f"{result['device']}, memory {result['memory_bytes_per_s'] / 1e12:.2f} TB/s")
-    print("kind  group matrix   tokens   bf16 us   fused us    x  of peak error   scratch us    x")
+    print(f"{result['device']}")
+    print("kind  group matrix   tokens   bf16 us   fused us    x    TB/s error   scratch us    x")
     for row in result["rows"]:
         fused, scratch = row["fused"], row["scratch"]
         print(
             f"{row['kind']:5} {row['group']:5} {row['matrix']:8} {row['tokens']:6} "
             f"{row['bf16_us']:9.1f} {fused['us']:10.1f} {fused['speedup']:5.2f} "
-            f"{fused['share_of_peak']:6.0%} {fused['relative_error']:.4f} {scratch['us']:11.1f} "
-            f"{scratch['speedup']:5.2f} {'' if row['ok'] else 'WRONG'}"
+            f"{fused['bytes_per_s'] / 1e12:6.2f} {fused['relative_error']:.4f} "
+            f"{scratch['us']:11.1f} {scratch['speedup']:5.2f} {'' if row['ok'] else 'WRONG'}"
         )
     for row in result["crossover"]:
         print(
@@ -254,6 +245,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Products with quantized weights.")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
+    parser.add_argument("--commit", help="what is measured")
     parser.add_argument("--tune", action="store_true", help="try launch shapes as well")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -262,16 +254,16 @@ def main() -> int:
     torch.manual_seed(0)
     properties = torch.cuda.get_device_properties(0)
     num_sms = properties.multi_processor_count
-    peak = peak_bytes_per_s()
     cases = itertools.product(FORMS, MATRICES)
-    rows = [row for (k, g), matrix in cases for row in measure(k, g, matrix, num_sms, peak)]
+    rows = [row for (k, g), matrix in cases for row in measure(k, g, matrix, num_sms)]
     result: dict[str, Any] = {
         "question": "what do products with FP8 and 4-bit weights cost beside bfloat16 ones?",
         "command": "python benchmarks/quant/run.py" + (" --tune" if args.tune else ""),
         "device": f"{properties.name}, {num_sms} SMs",
+        "commit": args.commit,
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "memory_bytes_per_s": peak,
         "rows": rows,
         "crossover": list(crossover(num_sms)),
     }
